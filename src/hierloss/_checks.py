@@ -1,0 +1,66 @@
+"""Checks of arguments. Every error names the argument, what was expected and what came."""
+
+import math
+
+import geoopt
+from torch import Tensor
+
+__all__ = ["check_count", "check_curvature", "check_embeddings", "check_labels", "check_number"]
+
+
+def check_number(name: str, value: float, *, positive: bool = True) -> float:
+    """Return ``value`` if it is a finite number, greater than 0 or, unless ``positive``, at least 0."""
+    kind = "positive" if positive else "non-negative"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a {kind} number, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name} must be a finite {kind} number, got {value}")
+    return float(value)
+
+
+def check_count(name: str, value: int, minimum: int = 1) -> int:
+    """Return ``value`` if it is a whole number of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def check_curvature(c: float | geoopt.PoincareBall) -> float | geoopt.PoincareBall:
+    """Return ``c`` if it is a positive number or a geoopt ball."""
+    if isinstance(c, geoopt.PoincareBall):
+        return c
+    if isinstance(c, bool) or not isinstance(c, (int, float)):
+        raise TypeError(f"c must be a positive number or a geoopt.PoincareBall, got {type(c).__name__}")
+    return check_number("c", c)
+
+
+def check_embeddings(name: str, embeddings: Tensor, width: int | None = None) -> None:
+    """Raise unless ``embeddings`` is a floating point matrix, with ``width`` columns if that is given."""
+    if not isinstance(embeddings, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(embeddings).__name__}")
+    if embeddings.ndim != 2:
+        raise ValueError(
+            f"{name} must have shape (batch_size, embedding_size), got shape {tuple(embeddings.shape)}"
+        )
+    if not embeddings.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {embeddings.dtype}")
+    if 0 in embeddings.shape:
+        missing = "row" if embeddings.shape[0] == 0 else "column"
+        raise ValueError(f"{name} must have at least one {missing}, got shape {tuple(embeddings.shape)}")
+    if width is not None and embeddings.shape[1] != width:
+        raise ValueError(
+            f"{name} must have {width} columns, the embedding_size of the proxies, "
+            f"got shape {tuple(embeddings.shape)}"
+        )
+
+
+def check_labels(labels: Tensor | None, count: int) -> None:
+    """Raise unless ``labels`` is ``None`` or has one entry for each of ``count`` embeddings."""
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.shape != (count,):
+        raise ValueError(f"labels must have shape ({count},), one for each embedding, got shape {tuple(labels.shape)}")

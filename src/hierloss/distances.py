@@ -1,0 +1,101 @@
+"""Hyperbolic distance for any PML loss, miner or evaluator."""
+
+from typing import Any
+
+import geoopt
+import torch
+from pytorch_metric_learning.distances import BaseDistance
+from torch import Tensor
+
+from . import poincare
+from ._checks import check_curvature, check_number
+from .modules import current_c
+
+__all__ = ["PoincareDistance"]
+
+
+class PoincareDistance(BaseDistance):  # type: ignore[misc]
+    r"""Distance on the Poincaré ball of curvature ``-c``.
+
+    .. math:: d(x, y) = \frac{2}{\sqrt c} \operatorname{arsinh}
+        \frac{\sqrt c\,|x - y|}{\sqrt{(1 - c|x|^2)(1 - c|y|^2)}}
+
+    Embeddings are Euclidean features by default. What PML calls normalizing is then the way onto the ball:
+    norms are clipped to ``clip_radius``, and the exponential map at the origin is applied. No embedding is
+    farther from another than ``4 * clip_radius``; 9.2 with the defaults.
+
+    Geometry is done in float64 whatever the embeddings and autocast are; the distances that come back have
+    the dtype of the embeddings, and at least float32.
+
+    Args:
+        c: minus the curvature, a positive number; or a ``geoopt.PoincareBall``, also with learnable curvature
+            (which the optimizer must then be given).
+        clip_radius: largest norm of an embedding, ``None`` for no limit.
+        normalize_embeddings: ``True`` for Euclidean features, ``False`` for points already on the ball.
+        **kwargs: PML's options: ``power``, ``collect_stats``.
+
+    Raises:
+        TypeError, ValueError: ``c`` or ``clip_radius`` is not a positive number.
+
+    Example:
+        >>> from pytorch_metric_learning import losses
+        >>> loss_func = losses.TripletMarginLoss(distance=PoincareDistance())
+        >>> PoincareDistance(c=1.0)(torch.tensor([[0.5, 0.0], [0.0, 0.0]]))
+        tensor([[0., 1.],
+                [1., 0.]])
+
+    Source: Ganea, Bécigneul, Hofmann, "Hyperbolic Neural Networks" (NeurIPS 2018); Ermolov et al.,
+    "Hyperbolic Vision Transformers" (CVPR 2022) for its use in metric learning.
+    """
+
+    def __init__(
+        self,
+        c: float | geoopt.PoincareBall = 0.1,
+        clip_radius: float | None = 2.3,
+        normalize_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(normalize_embeddings=normalize_embeddings, **kwargs)
+        if self.is_inverted:
+            raise ValueError("is_inverted must be False: a larger hyperbolic distance means less similar")
+        self.curvature = check_curvature(c)
+        self.clip_radius = None if clip_radius is None else check_number("clip_radius", clip_radius)
+
+    @property
+    def c(self) -> float | Tensor:
+        """Minus the curvature: a number, or the ball's tensor."""
+        return current_c(self.curvature)
+
+    def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> Tensor:
+        """Distances of all pairs, shape ``(N, M)``, of embeddings ``(N, D)`` and ``(M, D)``."""
+        dtype = poincare.result_dtype(query_emb, query_emb if ref_emb is None else ref_emb)
+        with torch.autocast(query_emb.device.type, enabled=False):
+            mat: Tensor = super().forward(query_emb, ref_emb)
+        return mat.to(dtype)
+
+    def normalize(self, embeddings: Tensor, dim: int = -1, **_: Any) -> Tensor:
+        """Map Euclidean features to the ball, in float64 so that nothing is lost at the boundary.
+
+        Args:
+            embeddings: features, along ``dim``.
+            dim: the dimension of the features.
+
+        Returns:
+            Points of the ball, of the shape of ``embeddings``.
+        """
+        with torch.autocast(embeddings.device.type, enabled=False):
+            v = embeddings.movedim(dim, -1)
+            v = v if v.device.type == "mps" else v.double()
+            return poincare.exp_map0(poincare.clip_norm(v, self.clip_radius), self.c).movedim(-1, dim)
+
+    def compute_mat(self, query_emb: Tensor, ref_emb: Tensor | None) -> Tensor:
+        """Distances of all pairs of points that are on the ball."""
+        return poincare.pairwise_distance(query_emb, query_emb if ref_emb is None else ref_emb, self.c)
+
+    def pairwise_distance(self, query_emb: Tensor, ref_emb: Tensor) -> Tensor:
+        """Distances of corresponding points that are on the ball."""
+        return poincare.distance(query_emb, ref_emb, self.c)
+
+    def extra_repr(self) -> str:
+        on_ball = "" if self.normalize_embeddings else ", normalize_embeddings=False"
+        return f"c={float(self.c):g}, clip_radius={self.clip_radius}{on_ball}"

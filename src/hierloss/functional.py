@@ -1,0 +1,296 @@
+r"""The HIER loss as pure functions: from a distance matrix to triplets, and from triplets to losses.
+
+Conventions of this file
+    - ``N`` points (embeddings or proxies), ``P`` hierarchical proxies, ``T`` triplets.
+    - ``triplets`` are three index tensors ``(anchors, positives, negatives)`` of shape ``(T,)``: ``anchors``
+      and ``positives`` are the related pair.
+    - ``noise`` is standard Gumbel noise; random numbers come from ``generator``, or from torch's default
+      generator of the device.
+    - Shapes do not depend on values, so nothing here makes the host wait for the device.
+
+Source: Kim, Jeong, Kwak, "HIER: Metric Learning Beyond Class Labels via Hierarchical Regularization" (CVPR
+2023, arXiv 2212.14258), sections 3.2 and 3.3.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_triplets"]
+
+_CHUNK_CELLS = 2**17
+"""Cells of a (triplets, proxies) array that are worked on at a time on a CPU: small enough for its cache."""
+
+_CHUNK_CELLS_ACCELERATOR = 2**24
+"""The same on an accelerator, where launching a kernel costs more than leaving the cache."""
+
+
+def reciprocal_triplets(
+    distances: Tensor,
+    labels: Tensor | None = None,
+    *,
+    num_neighbors: int = 20,
+    triplets_per_anchor: int = 50,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""Draw triplets whose related pair are reciprocal nearest neighbours.
+
+    The similarity is :math:`S_{ab} = e^{-d(a, b)}`, plus 1 where the labels are equal. ``b`` is a neighbour of
+    ``a`` if it is among the ``num_neighbors`` most similar to ``a``, where ``a`` itself counts as one; the two
+    are reciprocal if each is a neighbour of the other. The positive is drawn uniformly from the anchor's
+    reciprocal neighbours, the negative uniformly from all other points. An anchor is valid if it has at least
+    two reciprocal neighbours and at least one other point.
+
+    Args:
+        distances: symmetric distances of shape ``(N, N)``; the diagonal is ignored. No gradient flows.
+        labels: class labels of shape ``(N,)``, or ``None``.
+        num_neighbors: ``k``; more than ``N`` means ``N``.
+        triplets_per_anchor: ``t``.
+        generator: source of the random numbers.
+
+    Returns:
+        ``(anchors, positives, negatives, valid)``, each of shape ``(N * t,)``. Where ``valid`` is false the
+        indices are in range but mean nothing.
+
+    Example:
+        >>> points = torch.tensor([0.0, 0.1, 0.2, 5.0, 5.1, 5.2])
+        >>> distances = (points[:, None] - points).abs()
+        >>> a, p, n, valid = reciprocal_triplets(distances, num_neighbors=3, triplets_per_anchor=2)
+        >>> bool(valid.all()), bool((a // 3 == p // 3).all()), bool((a // 3 != n // 3).all())
+        (True, True, True)
+    """
+    count = distances.shape[0]
+    with torch.no_grad():
+        # Smaller is more similar: with equal labels -1 / (1 + d) < 0, else d. The same order as S has, but it
+        # does not underflow; a point is first among its own neighbours.
+        order = distances
+        if labels is not None:
+            order = torch.where(labels.unsqueeze(1) == labels, -1 / (1 + distances), distances)
+        itself = torch.eye(count, dtype=torch.bool, device=distances.device)
+        order = order.masked_fill(itself, -2)
+        nearest = order.topk(min(num_neighbors, count), largest=False, sorted=False).indices
+        neighbors = torch.zeros_like(itself).scatter_(1, nearest, True)
+        related = neighbors & neighbors.mT & ~itself
+        positives, num_positives = _choice(related, triplets_per_anchor, generator)
+        negatives, num_negatives = _choice(~(related | itself), triplets_per_anchor, generator)
+        valid = (num_positives >= 2) & (num_negatives >= 1)
+        anchors = torch.arange(count, device=distances.device)
+    shape = (count, triplets_per_anchor)
+    return (
+        anchors.unsqueeze(1).expand(shape).flatten(),
+        positives.flatten(),
+        negatives.flatten(),
+        valid.unsqueeze(1).expand(shape).flatten(),
+    )
+
+
+def _choice(mask: Tensor, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Draw ``size`` true columns of every row, uniformly with replacement; and how many there are."""
+    cumulative = mask.cumsum(1, dtype=torch.int32)
+    number = cumulative[:, -1:]
+    uniform = torch.rand(mask.shape[0], size, device=mask.device, generator=generator)
+    rank = (uniform * number).to(torch.int32).clamp_max(number - 1) + 1
+    return torch.searchsorted(cumulative, rank).clamp_max(mask.shape[1] - 1), number.squeeze(1)
+
+
+class HierarchicalTripletLoss(NamedTuple):
+    """What `hierarchical_triplet_loss` returns."""
+
+    losses: Tensor
+    """Loss of every triplet, shape ``(T,)``."""
+    ancestors: Tensor
+    """Proxies drawn as lowest common ancestors of the related pair and of all three, shape ``(2, T)``."""
+
+
+def hierarchical_triplet_loss(
+    distances: Tensor,
+    triplets: Sequence[Tensor] | Tensor,
+    *,
+    margin: float = 0.1,
+    temperature: float = 0.1,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> HierarchicalTripletLoss:
+    r"""The loss of every triplet: the pair's lowest common ancestor is to be nearer than that of all three.
+
+    The lowest common ancestor of a set A is a draw from :math:`\mathrm{softmax}_p(-\max_{a \in A} d(a, \rho_p)
+    / \tau)`; :math:`\rho_{ij}` is that of the related pair, :math:`\rho_{ijk}` that of all three. With
+
+    .. math:: [d(i, \rho_{ij}) - d(i, \rho_{ijk}) + m]_+ + [d(j, \rho_{ij}) - d(j, \rho_{ijk}) + m]_+
+        + [d(k, \rho_{ijk}) - d(k, \rho_{ij}) + m]_+
+
+    a triplet whose two draws are the same proxy has loss 0. The gradient is that of the straight-through
+    Gumbel-softmax: forward uses the drawn proxy, backward the soft probabilities of the same noise. Where two
+    distances tie for the maximum, the gradient goes to the earlier of i, j, k.
+
+    Memory is ``O(T + NP)``: triplets are worked on in chunks, and the backward pass computes again what it
+    needs. Without ``noise``, ancestors are drawn by inverting the cumulative distribution, and the backward
+    pass draws Gumbel noise conditionally on the ancestor that was chosen, which gives the same joint
+    distribution with one random number per draw in the forward pass.
+
+    Args:
+        distances: distances of shape ``(N, P)`` from points to proxies.
+        triplets: ``(anchors, positives, negatives)``, each of shape ``(T,)``, indices of rows.
+        margin: ``m``.
+        temperature: :math:`\tau`, positive.
+        noise: Gumbel noise of shape ``(2, T, P)`` for the two draws. Zeros choose the most probable ancestor.
+        generator: source of the random numbers where ``noise`` is not given.
+
+    Returns:
+        `HierarchicalTripletLoss` of ``losses`` ``(T,)``, differentiable, and ``ancestors`` ``(2, T)``.
+
+    Example:
+        >>> distances = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 2.0]])  # 3 points, 2 proxies
+        >>> triplets = tuple(torch.tensor([i]) for i in range(3))
+        >>> result = hierarchical_triplet_loss(distances, triplets, noise=torch.zeros(2, 1, 2))
+        >>> result.ancestors.T, result.losses
+        (tensor([[0, 1]]), tensor([0.]))
+
+    Source: HIER (arXiv 2212.14258), equations 4 to 6; Jang, Gu, Poole, "Categorical Reparameterization with
+    Gumbel-Softmax" (2017); Maddison, Tarlow, Minka, "A* Sampling" (2014) for the conditional noise.
+    """
+    losses, ancestors = _HierarchicalTripletLoss.apply(
+        distances, torch.stack(tuple(triplets)), margin, temperature, noise, generator
+    )
+    return HierarchicalTripletLoss(losses, ancestors)
+
+
+class _HierarchicalTripletLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(distances, triplets, margin, temperature, noise, generator):  # type: ignore[no-untyped-def]
+        chunks = []
+        for here in _chunks(triplets.shape[1], distances):
+            weights = _ancestor_weights(distances, triplets[:, here], temperature)[1]
+            if noise is not None:
+                chunks.append((weights.log_() + noise[:, here]).argmax(-1))
+            else:
+                chunks.append(_inverse_cdf(weights, generator))
+        ancestors = torch.cat(chunks, 1)
+        return _terms(distances, triplets, ancestors, margin).clamp_min_(0).sum(0), ancestors
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        distances, triplets, ctx.margin, ctx.temperature, noise, ctx.generator = inputs
+        ctx.save_for_backward(distances, triplets, noise, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_losses, _):  # type: ignore[no-untyped-def]
+        distances, triplets, noise, ancestors = ctx.saved_tensors
+        # Sign and size of the gradient with respect to d(., rho_ij), for i, j and k; that with respect to
+        # d(., rho_ijk) is the opposite.
+        inactive = _terms(distances, triplets, ancestors, ctx.margin) <= 0  # false for NaN, which must go on
+        slopes = ~inactive * grad_losses
+        slopes[2].neg_()
+        if asking_is_free(slopes):
+            kept = slopes.any(0).nonzero().squeeze(1)
+            triplets, ancestors, slopes = triplets[:, kept], ancestors[:, kept], slopes[:, kept]
+            noise = None if noise is None else noise[:, kept]
+
+        grad = torch.zeros_like(distances)
+        cells = (triplets.unsqueeze(1) * distances.shape[1] + ancestors).flatten()
+        grad.view(-1).index_add_(0, cells, torch.stack([slopes, -slopes], 1).flatten())
+        for here in _chunks(triplets.shape[1], distances):
+            _add_soft_gradient(
+                grad,
+                distances,
+                triplets[:, here],
+                ancestors[:, here],
+                slopes[:, here],
+                ctx.temperature,
+                None if noise is None else noise[:, here],
+                ctx.generator,
+            )
+        return grad, None, None, None, None, None
+
+
+def asking_is_free(tensor: Tensor) -> bool:
+    """Whether shapes may depend on values here: on an accelerator the host would wait, and a compiler balk."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _chunks(count: int, distances: Tensor) -> list[slice]:
+    """Slices of the triplets, as many at a time as the chunk size allows."""
+    cells = _CHUNK_CELLS if distances.device.type == "cpu" else _CHUNK_CELLS_ACCELERATOR
+    size = max(1, cells // max(1, distances.shape[1]))
+    return [slice(start, start + size) for start in range(0, max(count, 1), size)]
+
+
+def _terms(distances: Tensor, triplets: Tensor, ancestors: Tensor, margin: float) -> Tensor:
+    """The three terms of the loss before the hinge, shape ``(3, T)``; no more than 0 for equal ancestors."""
+    cells = triplets.unsqueeze(1) * distances.shape[1] + ancestors
+    near, far = distances.reshape(-1)[cells].unbind(1)
+    gap = near - far
+    gap[2].neg_()
+    # The zero is NaN if any distance is not finite: draws from such weights mean nothing, and must not look fine.
+    return (gap + margin) * (ancestors[0] != ancestors[1]) + distances.amax() * 0
+
+
+def _ancestor_weights(distances: Tensor, triplets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Rows of the three points, and unnormalised probabilities of the ancestors; both ``(., T, P)``."""
+    rows = distances.index_select(0, triplets.flatten()).view(3, triplets.shape[1], distances.shape[1])
+    weights = torch.empty_like(rows[:2])
+    torch.maximum(rows[0], rows[1], out=weights[0])
+    torch.maximum(weights[0], rows[2], out=weights[1])
+    # The largest weight of a row is 1, so that no row of weights underflows.
+    weights.neg_().sub_(weights.amax(-1, keepdim=True)).mul_(1 / temperature).exp_()
+    return rows, weights
+
+
+def _inverse_cdf(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw an index of the last dimension in proportion to the weights."""
+    cumulative = weights.cumsum(-1)
+    total = cumulative[..., -1:]
+    # 1 - [0, 1) is never 0, so an index of weight 0 is never drawn, and never more than 1, so one always is.
+    uniform = 1 - torch.rand(total.shape, dtype=total.dtype, device=total.device, generator=generator)
+    index = torch.searchsorted(cumulative, uniform.mul_(total))
+    return index.squeeze(-1).clamp_max_(weights.shape[-1] - 1)  # NaN weights have no index
+
+
+def _exponential(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard exponential random numbers, positive and finite; faster than `Tensor.exponential_` on a CPU."""
+    uniform = torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+    return uniform.clamp_min_(torch.finfo(like.dtype).tiny).log_().neg_()
+
+
+def _add_soft_gradient(
+    grad: Tensor,
+    distances: Tensor,
+    triplets: Tensor,
+    ancestors: Tensor,
+    slopes: Tensor,
+    temperature: float,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+) -> None:
+    """Add to ``grad`` what flows back through the soft choice of the ancestors.
+
+    The Gumbel-max trick is a race: proxy p arrives at ``t_p = exp(-gumbel_p) / weight_p``, the first is drawn,
+    and the soft probabilities are proportional to ``1 / t_p``. Given who was first, its time is exponential
+    with the total weight as its rate, and every other arrives later by an exponential time of its own rate.
+    """
+    rows, weights = _ancestor_weights(distances, triplets, temperature)
+    if noise is not None:
+        soft = weights.mul_(noise.exp())
+    else:
+        total = weights.sum(-1, keepdim=True)
+        first = _exponential(total, generator).div_(total)
+        delay = _exponential(weights, generator).scatter_(-1, ancestors.unsqueeze(-1), 0)
+        soft = weights.div_(delay.addcmul_(first, weights))
+    # Gradient with respect to the soft probabilities of rho_ij; that of rho_ijk is the opposite.
+    towards = rows[0] * slopes[0].unsqueeze(-1)
+    towards.addcmul_(rows[1], slopes[1].unsqueeze(-1)).addcmul_(rows[2], slopes[2].unsqueeze(-1))
+    total = soft.sum(-1, keepdim=True)
+    mean = (soft * towards).sum(-1, keepdim=True).div_(total)
+    # Softmax, and d logit / d max = -1 / temperature.
+    soft.mul_(towards - mean).div_(total.mul_(temperature))
+    pair, triple = soft[0].neg_(), soft[1]
+    # The maximum passes its gradient to whichever distance it was.
+    largest = torch.maximum(rows[0], rows[1])
+    to_k = torch.gt(rows[2], largest, out=largest).mul_(triple)
+    pair.add_(triple).sub_(to_k)
+    to_j = torch.gt(rows[1], rows[0], out=triple).mul_(pair)
+    grad.index_add_(0, triplets.flatten(), torch.cat([pair.sub_(to_j), to_j, to_k]))

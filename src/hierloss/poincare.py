@@ -1,0 +1,441 @@
+r"""The Poincaré ball: maps, distances, and the lift to the hyperboloid. Pure functions of tensors.
+
+Conventions of this file
+    - ``c > 0`` is a number or a 0-dim tensor; the curvature is ``-c``, the ball has radius ``1 / sqrt(c)``.
+    - ``x, y`` are points on the ball, ``u, v`` tangent vectors at the origin, of shape ``(..., D)``;
+      pairwise functions take ``(..., N, D)`` and ``(..., M, D)`` and return ``(..., N, M)``.
+    - Coordinates are worked on in float64, because the boundary is where float32 runs out of digits: a row
+      costs little, and what costs (the ``(N, M)`` part) is stored in the result's dtype. Devices without
+      float64 (Apple's MPS) work in float32.
+    - Results have the dtype of the input, and at least float32.
+
+Sources: Ganea, Bécigneul, Hofmann, "Hyperbolic Neural Networks" (2018) for the maps; Ratcliffe, "Foundations
+of Hyperbolic Manifolds", chapter 4, for distance and hyperboloid.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "clip_norm",
+    "distance",
+    "exp_map0",
+    "from_hyperboloid",
+    "log_map0",
+    "pairwise_distance",
+    "project",
+    "riemannian_gradient",
+    "to_hyperboloid",
+]
+
+_CHUNK_CELLS = 2**22
+"""Cells of a distance matrix that are worked on at a time: 32 MB in float64."""
+
+
+# --- epsilons: every one that the package needs -------------------------------------------------------------
+
+
+def boundary_eps(dtype: torch.dtype) -> float:
+    """How far inside the boundary a point is kept, as a share of the radius: 4 units in the last place.
+
+    Rounding the coordinates of a point moves its norm by at most half a unit, so a point kept this far
+    inside stays inside, and ``1 - c|x|^2`` stays positive.
+    """
+    return 4 * torch.finfo(dtype).eps
+
+
+def min_norm(dtype: torch.dtype) -> float:
+    """The norm below which ``tanh(n) / n`` is taken as 1: the square root of the smallest normal number.
+
+    The ratio is 0 / 0 at the origin; below this norm it equals 1 in every digit, and the square of any
+    larger norm is still a normal number.
+    """
+    return math.sqrt(torch.finfo(dtype).tiny)
+
+
+def coincident_eps(dtype: torch.dtype, dim: int) -> float:
+    """The squared distance, relative to the largest squared coordinate, below which two points are one.
+
+    It is what rounding can leave behind in `_squared_euclidean` for equal points: the remainders are
+    ``2^-grid_bits`` of the coordinates, their ``dim`` products are rounded at the dtype's precision. In
+    float64 this makes points one that are closer than about 1e-11 of their norm.
+    """
+    return 4 * dim * torch.finfo(dtype).eps * 2.0 ** -_grid_bits(dtype, dim)
+
+
+def _grid_bits(dtype: torch.dtype, dim: int) -> int:
+    """Bits per coordinate such that sums of ``4 * dim`` products of two coordinates are exact in ``dtype``."""
+    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    return (digits - 2 - math.ceil(math.log2(max(dim, 2)))) // 2
+
+
+# --- dtypes and small helpers -------------------------------------------------------------------------------
+
+
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of a result: that of the inputs, and at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _working(x: Tensor) -> Tensor:
+    """``x`` in the dtype that coordinates are worked on in."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def _sqrt(c: float | Tensor, like: Tensor) -> Tensor:
+    """``sqrt(c)`` as a 0-dim tensor of the dtype of ``like``."""
+    if isinstance(c, Tensor):
+        return c.to(like.dtype).sqrt()
+    return torch.full((), math.sqrt(c), dtype=like.dtype, device=like.device)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Euclidean norm of the rows, kept as a column, never 0, with gradient 0 at the origin."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(min_norm(x.dtype))
+
+
+def _conformal(x: Tensor) -> Tensor:
+    """``1 / sqrt(1 - |x|^2)`` for points ``x`` of the unit ball, as a column."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return ((1 - norm) * (1 + norm)).rsqrt()
+
+
+# --- maps ---------------------------------------------------------------------------------------------------
+
+
+def clip_norm(v: Tensor, radius: float | None) -> Tensor:
+    """Scale the rows of ``v`` that are longer than ``radius`` back to it: ``v * min(1, radius / |v|)``.
+
+    Args:
+        v: tensor of shape ``(..., D)``.
+        radius: largest Euclidean norm of a row, or ``None`` for no limit.
+
+    Returns:
+        A tensor like ``v``, at least float32.
+
+    Example:
+        >>> clip_norm(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0)
+        tensor([[0.6000, 0.8000],
+                [0.3000, 0.4000]])
+
+    Source: Guo et al., "Clipped Hyperbolic Classifiers Are Super-Hyperbolic Classifiers" (CVPR 2022).
+    """
+    if radius is None:
+        return v.to(result_dtype(v))
+    w = _working(v)
+    return (w * (radius / _norm(w)).clamp_max(1)).to(result_dtype(v))
+
+
+def project(x: Tensor, c: float | Tensor) -> Tensor:
+    """Pull points on or outside the boundary back inside; points inside are returned as they came.
+
+    Args:
+        x: tensor of shape ``(..., D)``.
+        c: minus the curvature, positive.
+
+    Returns:
+        A tensor like ``x``, at least float32, with ``sqrt(c)|x| <= 1 - boundary_eps``.
+
+    Example:
+        >>> project(torch.tensor([[2.0, 0.0], [0.5, 0.0]]), c=1.0)
+        tensor([[1.0000, 0.0000],
+                [0.5000, 0.0000]])
+    """
+    dtype = result_dtype(x)
+    w = _working(x)
+    return (w * _inside(_sqrt(c, w) * _norm(w), dtype)).to(dtype)
+
+
+def _inside(norm: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor, at most 1, that brings a point of the unit ball with this norm inside the boundary."""
+    return ((1 - boundary_eps(dtype)) / norm).clamp_max(1)
+
+
+def exp_map0(v: Tensor, c: float | Tensor) -> Tensor:
+    r"""Exponential map at the origin: a Euclidean vector becomes a point of the ball.
+
+    .. math:: \exp_0(v) = \tanh(\sqrt c\,|v|) \frac{v}{\sqrt c\,|v|}
+
+    The hyperbolic distance of the result from the origin is ``2|v|``.
+
+    Args:
+        v: tangent vectors of shape ``(..., D)``.
+        c: minus the curvature, positive.
+
+    Returns:
+        Points of shape ``(..., D)``, strictly inside the ball in their own dtype (at least float32).
+
+    Example:
+        >>> exp_map0(torch.tensor([[1.0, 0.0]]), c=1.0)
+        tensor([[0.7616, 0.0000]])
+
+    Source: Ganea et al. (2018), lemma 2.
+    """
+    dtype = result_dtype(v)
+    w = _working(v)
+    norm = _sqrt(c, w) * _norm(w)
+    tanh = norm.tanh()
+    return (w * (tanh / norm) * _inside(tanh, dtype)).to(dtype)
+
+
+def log_map0(x: Tensor, c: float | Tensor) -> Tensor:
+    r"""Logarithmic map at the origin, the inverse of `exp_map0`.
+
+    .. math:: \log_0(x) = \operatorname{artanh}(\sqrt c\,|x|) \frac{x}{\sqrt c\,|x|}
+
+    Args:
+        x: points of shape ``(..., D)``; those on or outside the boundary are projected first.
+        c: minus the curvature, positive.
+
+    Returns:
+        Tangent vectors of shape ``(..., D)``, at least float32.
+
+    Example:
+        >>> log_map0(exp_map0(torch.tensor([[0.3, -0.4]]), c=0.1), c=0.1)
+        tensor([[ 0.3000, -0.4000]])
+
+    Source: Ganea et al. (2018), lemma 2.
+    """
+    w = _working(project(x, c))
+    norm = _sqrt(c, w) * _norm(w)
+    return (w * (norm.atanh() / norm)).to(result_dtype(x))
+
+
+# --- distances ----------------------------------------------------------------------------------------------
+
+
+def _unit_ball(x: Tensor, c: float | Tensor) -> Tensor:
+    """The points in working precision, scaled to the unit ball and kept inside it."""
+    w = _working(x)
+    w = w * _sqrt(c, w)
+    return w * _inside(_norm(w), result_dtype(x))
+
+
+def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
+    r"""Hyperbolic distance of corresponding points.
+
+    .. math:: d(x, y) = \frac{2}{\sqrt c} \operatorname{arsinh}
+        \frac{\sqrt c\,|x - y|}{\sqrt{(1 - c|x|^2)(1 - c|y|^2)}}
+
+    Points on or outside the boundary are projected first. The gradient at coincident points is 0.
+
+    Args:
+        x: points of shape ``(..., D)``.
+        y: points of a shape that broadcasts with ``x``.
+        c: minus the curvature, positive.
+
+    Returns:
+        Distances of shape ``(...)``, at least float32.
+
+    Example:
+        >>> x, y = torch.tensor([[0.5, 0.0]]), torch.tensor([[-0.5, 0.0]])
+        >>> distance(x, y, c=1.0)
+        tensor([2.1972])
+
+    Source: Ratcliffe, theorem 4.5.1, in the form that cancels nowhere.
+    """
+    p, q = _unit_ball(x, c), _unit_ball(y, c)
+    gap = torch.linalg.vector_norm(p - q, dim=-1)
+    ratio = gap * (_conformal(p) * _conformal(q)).squeeze(-1)
+    return (2 / _sqrt(c, p) * ratio.asinh()).to(result_dtype(x, y))
+
+
+def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    r"""Hyperbolic distances of all pairs, as exact as `distance`, at the cost of matrix products.
+
+    Memory is ``O(NM)``, forward and backward.
+
+    Args:
+        x: points of shape ``(..., N, D)``.
+        y: points of shape ``(..., M, D)``.
+        c: minus the curvature, positive.
+        dtype: dtype of the result; the dtype of the points, and at least float32, if ``None``.
+
+    Returns:
+        Distances of shape ``(..., N, M)``. Points closer than about 1e-11 of their norm count as one.
+
+    Example:
+        >>> x = torch.tensor([[0.5, 0.0], [0.0, 0.0]])
+        >>> pairwise_distance(x, x, c=1.0)
+        tensor([[0.0000, 1.0986],
+                [1.0986, 0.0000]])
+
+    Source: as `distance`; the Gram matrix without cancellation follows Ozaki, Ogita, Oishi, Rump,
+    "Error-free transformations of matrix multiplication" (Numerical Algorithms, 2012).
+    """
+    p, q = _unit_ball(x, c), _unit_ball(y, c)
+    result: Tensor = _PairwiseDistance.apply(
+        p, q, _conformal(p), _conformal(q), 1 / _sqrt(c, p), dtype or result_dtype(x, y)
+    )
+    return result
+
+
+def _squared_euclidean(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """Squared distances of all pairs from inner products, without their cancellation.
+
+    Coordinates are split into a part on a grid so coarse that its inner products are exact, and a small
+    remainder: ``|x-y|^2 = |qx-qy|^2 + (corrections with the remainders)``, and only the first term cancels.
+    ``scale`` is the largest absolute coordinate.
+    """
+    dim = x.shape[-1]
+    digits = 1 - round(math.log2(torch.finfo(x.dtype).eps))
+    # Adding and subtracting a large number rounds to a multiple of its last place.
+    shift = scale * 2.0 ** (digits - _grid_bits(x.dtype, dim))
+    qx, qy = (x + shift) - shift, (y + shift) - shift
+    rx, ry = x - qx, y - qy
+    exact = qx.square().sum(-1, keepdim=True) + qy.square().sum(-1).unsqueeze(-2)
+    exact -= 2 * (qx @ qy.mT)
+    exact += ((x + qx) * rx).sum(-1, keepdim=True) + ((y + qy) * ry).sum(-1).unsqueeze(-2)
+    exact -= 2 * (torch.cat([x, rx], -1) @ torch.cat([ry, qy], -1).mT)
+    return exact.masked_fill_(exact < coincident_eps(x.dtype, dim) * scale.square(), 0)
+
+
+class _PairwiseDistance(torch.autograd.Function):
+    """``radius * 2 arsinh(|x-y| fx fy)`` for all pairs. Saves the result alone; backward is matrix products."""
+
+    @staticmethod
+    def forward(x, y, fx, fy, radius, dtype):  # type: ignore[no-untyped-def]
+        scale = torch.maximum(x.abs().amax(), y.abs().amax())
+        chunks = []
+        for rows, f in _row_chunks(x, fx, y.shape[-2]):
+            ratio = _squared_euclidean(rows, y, scale).sqrt_().mul_(f).mul_(fy.mT).to(dtype)
+            # arsinh, in the form that neither cancels near 0 nor is slow
+            root = ratio.square().add_(1).sqrt_().add_(1)
+            chunks.append(ratio.add(ratio.square().div_(root)).log1p_().mul_(2 * radius))
+        return torch.cat(chunks, -2) if len(chunks) > 1 else chunks[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs[:-1], output)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, y, fx, fy, radius, out = ctx.saved_tensors
+        grad_x, grad_fx, grad_y, grad_fy, grad_radius = [], [], 0, 0, 0
+        start = 0
+        for rows, f in _row_chunks(x, fx, y.shape[-2]):
+            here = slice(start, start := start + rows.shape[-2])
+            g, d = grad[..., here, :].to(x.dtype), out[..., here, :].to(x.dtype) / radius
+            # dd/dx = w (x - y): with q = sinh(d/2), dd/d|x-y| / |x-y| = 4 (fx fy)^2 / sinh(d)
+            w = g * radius * 4 / d.sinh().masked_fill(d == 0, math.inf) * f.square() * fy.square().mT
+            t = 2 * radius * g * (d / 2).tanh()
+            grad_x.append(w.sum(-1, keepdim=True) * rows - w @ y)
+            grad_fx.append(t.sum(-1, keepdim=True) / f)
+            grad_y = grad_y + (w.sum(-2).unsqueeze(-1) * y - w.mT @ rows)
+            grad_fy = grad_fy + t.sum(-2).unsqueeze(-1) / fy
+            grad_radius = grad_radius + (g * d).sum()
+        return torch.cat(grad_x, -2), grad_y, torch.cat(grad_fx, -2), grad_fy, grad_radius, None
+
+
+def _row_chunks(x: Tensor, f: Tensor, width: int) -> list[tuple[Tensor, Tensor]]:
+    """The rows of ``x`` and ``f``, as many at a time as `_CHUNK_CELLS` allows."""
+    rows = max(1, _CHUNK_CELLS // max(1, width))
+    return list(zip(x.split(rows, -2), f.split(rows, -2), strict=True))
+
+
+# --- hyperboloid --------------------------------------------------------------------------------------------
+
+
+def to_hyperboloid(x: Tensor, c: float | Tensor) -> Tensor:
+    r"""Lift points of the ball to the hyperboloid ``-t^2 + |s|^2 = -1/c``; the time ``t`` comes last.
+
+    .. math:: s = \frac{2x}{1 - c|x|^2}, \qquad t = \frac{1}{\sqrt c} \frac{1 + c|x|^2}{1 - c|x|^2}
+
+    For lifted points, ``cosh(sqrt(c) d(x, y)) = c (t_x t_y - <s_x, s_y>)``. With the time coordinate of the
+    query negated, the nearest point is therefore the one of greatest inner product, which is what FAISS and
+    any vector database search for.
+
+    Args:
+        x: points of shape ``(..., D)``; those on or outside the boundary are projected first.
+        c: minus the curvature, positive.
+
+    Returns:
+        Points of shape ``(..., D + 1)``, at least float32.
+
+    Example:
+        >>> to_hyperboloid(torch.tensor([[0.5, 0.0]]), c=1.0)
+        tensor([[1.3333, 0.0000, 1.6667]])
+
+    Source: Ratcliffe, section 4.5 (stereographic projection).
+    """
+    root = _sqrt(c, _working(x))
+    p = _unit_ball(x, c)
+    factor = _conformal(p).square()
+    time = 2 * factor - 1
+    return (torch.cat([2 * factor * p, time], -1) / root).to(result_dtype(x))
+
+
+def from_hyperboloid(points: Tensor, c: float | Tensor) -> Tensor:
+    r"""Bring points of the hyperboloid back to the ball, the inverse of `to_hyperboloid`.
+
+    .. math:: x = \frac{s}{1 + \sqrt c\,t}
+
+    Args:
+        points: points of shape ``(..., D + 1)`` on the hyperboloid, time last.
+        c: minus the curvature, positive.
+
+    Returns:
+        Points of the ball of shape ``(..., D)``, at least float32.
+
+    Example:
+        >>> from_hyperboloid(torch.tensor([[4 / 3, 0.0, 5 / 3]]), c=1.0)
+        tensor([[0.5000, 0.0000]])
+
+    Source: Ratcliffe, section 4.5.
+    """
+    w = _working(points)
+    space, time = w[..., :-1], w[..., -1:]
+    return project((space / (1 + _sqrt(c, w) * time)).to(result_dtype(points)), c)
+
+
+# --- gradients ----------------------------------------------------------------------------------------------
+
+
+class _RiemannianGradient(torch.autograd.Function):
+    """The identity, with the gradient scaled by the inverse metric."""
+
+    @staticmethod
+    def forward(x, root):  # type: ignore[no-untyped-def]
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, root = ctx.saved_tensors
+        w = _working(x)
+        scale = (1 - (root * w).square().sum(-1, keepdim=True)).square() / 4
+        return (grad * scale).to(grad.dtype), None
+
+
+def riemannian_gradient(x: Tensor, c: float | Tensor) -> Tensor:
+    r"""The identity, whose backward turns the Euclidean gradient into the Riemannian one.
+
+    .. math:: \nabla^{\mathrm{riem}} = \frac{(1 - c|x|^2)^2}{4} \nabla
+
+    The official HIER code passes both losses through it. ``c`` itself receives no gradient here.
+
+    Args:
+        x: points of shape ``(..., D)``.
+        c: minus the curvature, positive.
+
+    Returns:
+        ``x``.
+
+    Example:
+        >>> x = torch.zeros(1, 2, requires_grad=True)
+        >>> riemannian_gradient(x, c=1.0).sum().backward()
+        >>> x.grad
+        tensor([[0.2500, 0.2500]])
+
+    Source: Nickel, Kiela, "Poincaré Embeddings for Learning Hierarchical Representations" (2017), equation 3.
+    """
+    result: Tensor = _RiemannianGradient.apply(x, _sqrt(c, _working(x)).detach())
+    return result

@@ -1,0 +1,303 @@
+"""The loss against its slow reference, and its random draws against their distributions."""
+
+import math
+import random
+
+import pytest
+import reference
+import torch
+from scipy import stats
+
+from hierloss import functional, poincare
+
+
+def gumbel(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return -torch.log(-torch.log(torch.rand(*shape, dtype=torch.float64, generator=generator).clamp(1e-12)))
+
+
+def points(n, dim=5, seed=0, scale=1.5):
+    return torch.randn(n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def distance_matrix(v, w, c=0.1, clip_radius=2.3):
+    x, y = (poincare.exp_map0(poincare.clip_norm(t, clip_radius), c) for t in (v, w))
+    return poincare.pairwise_distance(x, y, c)
+
+
+def random_triplets(n, count, seed=0):
+    rng = random.Random(seed)
+    return [tuple(rng.sample(range(n), 3)) for _ in range(count)]
+
+
+# --- losses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("zero_noise", [False, True])
+def test_equals_reference_in_value_and_gradient(seed, zero_noise):
+    """Same triplets, same noise: 1e-10 in float64, to embeddings and to proxies, with duplicates among them."""
+    embeddings, proxies = points(9, seed=seed), points(7, seed=seed + 100)
+    embeddings[1] = embeddings[0] * 3  # beyond the clip radius, both
+    proxies[2] = embeddings[2]
+    embeddings.requires_grad_()
+    proxies.requires_grad_()
+    noise = [gumbel(2, 40, 7, seed=seed), gumbel(2, 30, 7, seed=seed + 1)]
+    if zero_noise:  # not among the proxies: i and j themselves are then equally near as their own ancestors
+        noise[0] = torch.zeros_like(noise[0])
+    triplets = [random_triplets(9, 40, seed), random_triplets(7, 30, seed)]
+
+    expected = reference.hier(embeddings, proxies, *triplets, *noise)
+    expected_grads = torch.autograd.grad(expected, (embeddings, proxies))
+
+    actual = 0
+    for v, t, n in zip((embeddings, proxies), triplets, noise, strict=True):
+        result = functional.hierarchical_triplet_loss(
+            distance_matrix(v, proxies), torch.tensor(t).T, margin=0.1, temperature=0.1, noise=n
+        )
+        actual = actual + result.losses.mean()
+    grads = torch.autograd.grad(actual, (embeddings, proxies))
+
+    assert expected > 0.05
+    assert abs(actual - expected) < 1e-10
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert expected_grad.abs().max() > 1e-3
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-10)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    distances = distance_matrix(points(9), points(7, seed=1)).requires_grad_()
+    triplets, noise = torch.tensor(random_triplets(9, 50)).T, gumbel(2, 50, 7)
+    results = []
+    for cells in (1, 30, 10**6):
+        monkeypatch.setattr(functional, "_CHUNK_CELLS", cells)
+        losses, ancestors = functional.hierarchical_triplet_loss(distances, triplets, noise=noise)
+        (grad,) = torch.autograd.grad((losses * torch.arange(50)).sum(), distances)
+        results.append((losses, ancestors, grad))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-12)
+
+
+def test_straight_through_equals_torch_gumbel_softmax():
+    """One draw written with torch.nn.functional.gumbel_softmax(hard=True), on the same random numbers."""
+    distances = distance_matrix(points(3), points(6, seed=1)).requires_grad_()
+    triplets = torch.tensor([[0], [1], [2]])
+    for seed in range(20):
+        torch.manual_seed(seed)
+        pair = torch.maximum(distances[0], distances[1])
+        triple = torch.maximum(pair, distances[2])
+        one_hots = [torch.nn.functional.gumbel_softmax(-m / 0.1, hard=True, dim=0) for m in (pair, triple)]
+        torch.manual_seed(seed)
+        noise = torch.stack([-torch.empty(6, dtype=torch.float64).exponential_().log() for _ in range(2)])
+        ij, ijk = ((distances * one_hot).sum(1) for one_hot in one_hots)
+        gap = (ij - ijk) * torch.tensor([1.0, 1.0, -1.0])
+        expected = torch.relu(gap + 0.1).sum() * (one_hots[0].argmax() != one_hots[1].argmax())
+        losses, _ = functional.hierarchical_triplet_loss(distances, triplets, noise=noise.unsqueeze(1))
+        assert abs(losses[0] - expected) < 1e-12
+        torch.testing.assert_close(
+            torch.autograd.grad(losses.sum(), distances)[0],
+            torch.autograd.grad(expected, distances)[0],
+            rtol=1e-10,
+            atol=1e-12,
+        )
+
+
+def test_free_draws_have_the_mean_of_the_reference():
+    """Loss and gradient, averaged over many draws, against the same average with explicit Gumbel noise."""
+    torch.manual_seed(0)
+    distances = distance_matrix(points(6), points(8, seed=1)).requires_grad_()
+    repeats = 20_000
+    triplets = torch.tensor(random_triplets(6, 4)).T.repeat_interleave(repeats, dim=1)
+
+    def sample(noise):
+        losses, _ = functional.hierarchical_triplet_loss(distances, triplets, noise=noise, temperature=0.5)
+        # One gradient for every hundredth part of the draws, to know its spread.
+        parts = losses.view(4, 100, -1).mean((0, 2))
+        grads = torch.stack([torch.autograd.grad(part, distances, retain_graph=True)[0] for part in parts])
+        return parts.detach(), grads
+
+    free, explicit = sample(None), sample(gumbel(2, triplets.shape[1], 8))
+    for a, b in zip(free, explicit, strict=True):
+        error = ((a.var(0) + b.var(0)) / 100).sqrt()
+        assert b.mean(0).abs().max() > 20 * error.max()  # there is something to see
+        z = (a.mean(0) - b.mean(0)) / error.clamp_min(1e-9)
+        assert z.abs().max() < 4.5
+
+
+def test_gradient_given_the_ancestor_has_the_distribution_of_gumbel_softmax():
+    """The second random number: soft probabilities conditional on the draw, by a two-sample KS test."""
+    torch.manual_seed(1)
+    repeats = 5_000
+    distances = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.4, 0.3], [0.4, 0.35, 0.2]], dtype=torch.float64)
+    triplets = torch.arange(3).unsqueeze(1).expand(3, repeats)
+    # Every triplet has its own copy of the distances, so that its gradient can be told from the others'.
+    copies = distances.repeat(repeats, 1).requires_grad_()
+    own = triplets + 3 * torch.arange(repeats)
+    samples = []
+    for noise in (None, gumbel(2, repeats, 3)):
+        losses, ancestors = functional.hierarchical_triplet_loss(copies, own, noise=noise, margin=1.0)
+        (grad,) = torch.autograd.grad(losses.sum(), copies)
+        chosen = (ancestors[0] == 0) & (ancestors[1] == 1)
+        samples.append(grad.view(repeats, 9)[chosen])
+    assert min(len(s) for s in samples) > 200
+    for cell in range(9):
+        a, b = (s[:, cell].numpy() for s in samples)
+        assert stats.ks_2samp(a, b).pvalue > 1e-4, cell
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ancestors_follow_the_softmax(dtype):
+    """Chi-square over 200,000 draws for both ancestors, which must be independent of each other."""
+    torch.manual_seed(0)
+    draws = 200_000
+    distances = distance_matrix(points(3, scale=0.4), points(12, seed=1, scale=0.4)).to(dtype)
+    triplets = torch.arange(3).unsqueeze(1).expand(3, draws)
+    _, ancestors = functional.hierarchical_triplet_loss(distances, triplets, temperature=0.3)
+    pair = torch.softmax(-distances[:2].amax(0).double() / 0.3, 0)
+    triple = torch.softmax(-distances.amax(0).double() / 0.3, 0)
+    joint = torch.outer(pair, triple).flatten() * draws
+    observed = torch.bincount(ancestors[0] * 12 + ancestors[1], minlength=144)
+    kept = joint > 5
+    assert kept.sum() > 50
+    pooled = [torch.cat([t[kept].double(), t[~kept].sum().double().view(1)]) for t in (observed, joint)]
+    assert stats.chisquare(*(p.numpy() for p in pooled)).pvalue > 1e-3
+
+
+def test_draws_are_independent_between_triplets():
+    torch.manual_seed(0)
+    distances = distance_matrix(points(3, scale=0.4), points(4, seed=1, scale=0.4))
+    triplets = torch.arange(3).unsqueeze(1).expand(3, 100_000)
+    first = functional.hierarchical_triplet_loss(distances, triplets, temperature=1.0).ancestors[0]
+    table = torch.bincount(first[::2] * 4 + first[1::2], minlength=16).view(4, 4)
+    assert stats.chi2_contingency(table.numpy()).pvalue > 1e-3
+
+
+def test_generator_makes_draws_reproducible():
+    distances = distance_matrix(points(9), points(7, seed=1)).requires_grad_()
+    triplets = torch.tensor(random_triplets(9, 50)).T
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        losses, ancestors = functional.hierarchical_triplet_loss(distances, triplets, generator=generator)
+        return losses, ancestors, *torch.autograd.grad(losses.sum(), distances)
+
+    state = torch.get_rng_state()
+    for a, b in zip(run(3), run(3), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(run(3)[1], run(4)[1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_zero_noise_takes_the_most_probable_ancestor():
+    distances = torch.tensor([[1.0, 0.5, 2.0], [0.2, 0.9, 2.0], [3.0, 2.0, 1.9]])
+    triplets = torch.tensor([[0], [1], [2]])
+    losses, ancestors = functional.hierarchical_triplet_loss(
+        distances, triplets, noise=torch.zeros(2, 1, 3), margin=0.25
+    )
+    # max over i, j: (1.0, 0.9, 2.0); over i, j, k: (3.0, 2.0, 2.0), a tie that the first wins
+    assert ancestors.flatten().tolist() == [1, 1]
+    assert losses.item() == 0
+    distances[2, 2] = 1.5
+    distances[:2, 2] = 1.6
+    losses, ancestors = functional.hierarchical_triplet_loss(
+        distances, triplets, noise=torch.zeros(2, 1, 3), margin=0.25
+    )
+    assert ancestors.flatten().tolist() == [1, 2]
+    # [0.5 - 1.6 + 0.25]+ + [0.9 - 1.6 + 0.25]+ + [1.5 - 2.0 + 0.25]+ are 0; a margin of 0.8 leaves 0.1 and 0.3
+    losses, _ = functional.hierarchical_triplet_loss(distances, triplets, noise=torch.zeros(2, 1, 3), margin=0.8)
+    torch.testing.assert_close(losses, torch.tensor([0.1 + 0.3]))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e3, 1e30])
+def test_any_scale_of_distances_gives_finite_results(scale):
+    """The largest weight of a row is 1; without that every weight underflows and nothing can be drawn."""
+    distances = (distance_matrix(points(6), points(8, seed=1)) * scale).float().requires_grad_()
+    losses, ancestors = functional.hierarchical_triplet_loss(distances, torch.tensor(random_triplets(6, 200)).T)
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert distances.grad.isfinite().all()
+    assert 0 <= ancestors.min() <= ancestors.max() < 8
+    if scale == 1e30:
+        closest = torch.maximum(distances[0], distances[1]).argmin()
+        ancestor = functional.hierarchical_triplet_loss(distances, torch.tensor([[0], [1], [2]])).ancestors[0]
+        assert ancestor.item() == closest
+
+
+def test_nan_goes_through():
+    distances = distance_matrix(points(6), points(8, seed=1))
+    distances[0, 3] = math.nan
+    distances.requires_grad_()
+    losses, _ = functional.hierarchical_triplet_loss(distances, torch.tensor([[0], [1], [2]]))
+    losses.sum().backward()
+    assert losses.isnan().all()
+    assert distances.grad.isnan().any()
+
+
+# --- triplets -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(30, 6), (12, 5), (7, 20), (3, 2)])
+def test_triplets_cover_exactly_the_reference_sets(n, k, with_labels):
+    torch.manual_seed(0)
+    v = points(n, dim=2, seed=n)
+    distances = distance_matrix(v, v)
+    labels = [int(b) % 4 for b in range(n)] if with_labels else None
+    related = reference.reciprocal_neighbors(distances, labels, k)
+    anchors, positives, negatives, valid = functional.reciprocal_triplets(
+        distances,
+        None if labels is None else torch.tensor(labels),
+        num_neighbors=k,
+        triplets_per_anchor=500,
+    )
+    assert anchors.tolist() == [i for i in range(n) for _ in range(500)]
+    for i in range(n):
+        rest = set(range(n)) - related[i] - {i}
+        mine = slice(i * 500, (i + 1) * 500)
+        assert valid[mine].tolist() == [len(related[i]) >= 2 and len(rest) >= 1] * 500
+        if valid[mine][0]:
+            assert set(positives[mine].tolist()) == related[i]
+            assert set(negatives[mine].tolist()) == rest
+
+
+def test_triplets_are_uniform():
+    torch.manual_seed(0)
+    v = points(20, dim=2)
+    distances = distance_matrix(v, v)
+    draws = 20_000
+    _, positives, negatives, valid = functional.reciprocal_triplets(
+        distances, num_neighbors=8, triplets_per_anchor=draws
+    )
+    related = reference.reciprocal_neighbors(distances, None, 8)
+    tested = 0
+    for i in range(20):
+        mine = slice(i * draws, (i + 1) * draws)
+        if valid[mine][0]:
+            for drawn, size in ((positives[mine], len(related[i])), (negatives[mine], 19 - len(related[i]))):
+                counts = drawn.bincount(minlength=20)
+                assert stats.chisquare(counts[counts > 0].numpy()).pvalue > 1e-4
+                assert (counts > 0).sum() == size
+                tested += 1
+    assert tested > 20
+
+
+def test_equal_labels_come_before_any_distance():
+    """Far points of the same class are neighbours before near ones of another, also where exp(-d) underflows."""
+    positions = torch.tensor([0.0, 200.0, 400.0, 1.0, 201.0, 401.0])
+    distances = (positions[:, None] - positions).abs()
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    _, positives, negatives, valid = functional.reciprocal_triplets(
+        distances, labels, num_neighbors=3, triplets_per_anchor=100
+    )
+    assert valid.all()
+    for i in range(6):
+        mine = slice(i * 100, (i + 1) * 100)
+        assert (labels[positives[mine]] == labels[i]).all()
+        assert (labels[negatives[mine]] != labels[i]).all()
+
+
+def test_identical_points_are_their_own_neighbours():
+    """With all distances 0, ties must not push a point out of its own neighbourhood."""
+    anchors, positives, negatives, valid = functional.reciprocal_triplets(torch.zeros(10, 10), num_neighbors=3)
+    assert (anchors != positives)[valid].all()
+    assert (anchors != negatives)[valid].all()

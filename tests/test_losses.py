@@ -1,0 +1,612 @@
+"""HIERLoss in every place that a PML loss can be put."""
+
+import copy
+import io
+import math
+import pickle
+import warnings
+
+import geoopt
+import pytest
+import torch
+from pytorch_metric_learning import losses, miners, reducers
+from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
+
+from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner, ToPoincare, functional, poincare
+
+P, D, B = 24, 8, 32
+
+
+def batch(seed=0, n=B, dim=D):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, dim, generator=generator).requires_grad_(), torch.arange(n) % 6
+
+
+def small(**kwargs):
+    torch.manual_seed(0)
+    return HIERLoss(**{"num_proxies": P, "embedding_size": D} | kwargs)
+
+
+def value(loss_func, *args, seed=0):
+    torch.manual_seed(seed)
+    return loss_func(*args)
+
+
+def assert_trains(loss_func, loss, embeddings):
+    loss.backward()
+    assert loss.isfinite()
+    assert embeddings.grad.isfinite().all()
+    assert loss_func.proxies.grad.isfinite().all()
+    assert loss_func.proxies.grad.abs().max() > 0
+
+
+# --- the loss itself ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_loss_is_the_sum_of_both_means(with_labels):
+    """HIERLoss is the functional layer applied to mapped embeddings and proxies, random numbers included."""
+    loss_func = small(miner=ReciprocalNeighborMiner(num_neighbors=4, triplets_per_anchor=7))
+    embeddings, labels = batch()
+    labels = labels if with_labels else None
+    x, rho = (poincare.exp_map0(poincare.clip_norm(v.double(), 2.3), 0.1) for v in (embeddings, loss_func.proxies))
+    distances = poincare.pairwise_distance(torch.cat([x, rho]), rho, 0.1, dtype=torch.float32)
+    torch.manual_seed(5)
+    kwargs = {"num_neighbors": 4, "triplets_per_anchor": 7}
+    samples = functional.reciprocal_triplets(PoincareDistance()(embeddings).detach(), labels, **kwargs)
+    proxies = functional.reciprocal_triplets(distances[B:].detach(), **kwargs)
+    samples, proxies = (torch.stack(t[:3])[:, t[3]] for t in (samples, proxies))
+    triplets = torch.cat([samples, proxies + B], 1)
+    per_triplet = functional.hierarchical_triplet_loss(distances, triplets).losses
+    expected = per_triplet[: samples.shape[1]].mean() + per_triplet[samples.shape[1] :].mean()
+    assert 0 < samples.shape[1] < B * 7 or with_labels
+    actual = value(loss_func, embeddings, labels, seed=5)
+    torch.testing.assert_close(actual, expected)
+    grads = []
+    for loss in (actual, expected):
+        torch.manual_seed(6)  # the backward pass draws noise of its own
+        grads.append(torch.autograd.grad(loss, (embeddings, loss_func.proxies)))
+    torch.testing.assert_close(*grads)
+
+
+def test_fixed_shapes_give_the_same_mean(monkeypatch):
+    """What an accelerator does, invalid triplets kept and weighted by 0, against what a CPU does."""
+    loss_func = small(miner=ReciprocalNeighborMiner(num_neighbors=4, triplets_per_anchor=20)).eval()
+    embeddings, labels = batch()
+    dropped = value(loss_func, embeddings, labels)
+    gradient = torch.autograd.grad(dropped, loss_func.proxies)[0]
+    monkeypatch.setattr(functional, "asking_is_free", lambda _: False)
+    kept = value(loss_func, embeddings, labels)
+    torch.testing.assert_close(kept, dropped)
+    torch.testing.assert_close(torch.autograd.grad(kept, loss_func.proxies)[0], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_eval_mode_takes_the_most_probable_ancestor():
+    """As draws do at a temperature at which they are certain. Not among proxies, where i and j tie for it."""
+    loss_func = small(
+        miner=ReciprocalNeighborMiner(num_neighbors=4, triplets_per_anchor=20), reducer=reducers.DoNothingReducer()
+    )
+    embeddings, labels = batch()
+
+    def sample_losses():
+        return value(loss_func, embeddings, labels)["sample_loss"]["losses"]
+
+    drawn = sample_losses()
+    loss_func.eval()
+    certain = sample_losses()
+    assert not torch.equal(certain, drawn)
+    assert torch.equal(sample_losses(), certain)
+    loss_func.train()
+    loss_func.temperature = 1e-5
+    torch.testing.assert_close(sample_losses(), certain)
+
+
+def test_same_seed_same_loss():
+    loss_func = small()
+    embeddings, labels = batch()
+    first = value(loss_func, embeddings, labels)
+    assert torch.equal(value(loss_func, embeddings, labels), first)
+    assert not torch.equal(value(loss_func, embeddings, labels, seed=1), first)
+    grads = [torch.autograd.grad(value(loss_func, embeddings, labels), loss_func.proxies)[0] for _ in range(2)]
+    assert torch.equal(*grads)
+
+
+def test_training_lowers_the_loss():
+    loss_func = small()
+    embeddings, labels = batch()
+    optimizer = torch.optim.Adam([embeddings, *loss_func.parameters()], lr=0.03)
+    history = []
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = loss_func(embeddings, labels)
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert sum(history[-20:]) < 0.8 * sum(history[:20])
+
+
+def test_start_of_the_proxies():
+    loss_func = small(num_proxies=2000, embedding_size=64)
+    torch.testing.assert_close(loss_func.proxies.std().item(), 0.9 * 2.3 / 8, rtol=0.02, atol=0)
+    torch.testing.assert_close(loss_func.proxies.norm(dim=1).mean().item(), 0.9 * 2.3, rtol=0.02, atol=0)
+
+
+# --- with other losses --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_miners", [False, True])
+@pytest.mark.parametrize("kind", [list, dict])
+def test_multiple_losses(kind, with_miners):
+    base, loss_func = losses.MultiSimilarityLoss(), small()
+    embeddings, labels = batch()
+    both, weights, own_miners = [base, loss_func], [1, 0.5], [miners.MultiSimilarityMiner(), None]
+    if kind is dict:
+        both, weights = {"base": base, "hier": loss_func}, {"base": 1, "hier": 0.5}
+        own_miners = {"base": own_miners[0]}
+    combined = losses.MultipleLosses(both, miners=own_miners if with_miners else None, weights=weights)
+    pairs = miners.MultiSimilarityMiner()(embeddings, labels) if with_miners else None
+    expected = base(embeddings, labels, pairs) + 0.5 * value(loss_func, embeddings, labels)
+    torch.testing.assert_close(value(combined, embeddings, labels), expected)
+    assert_trains(loss_func, value(combined, embeddings, labels), embeddings)
+
+
+@pytest.mark.parametrize("mined_by", [miners.MultiSimilarityMiner(), miners.TripletMarginMiner()])
+def test_shared_indices_tuple_is_ignored(mined_by):
+    base, loss_func = losses.TripletMarginLoss(), small()
+    embeddings, labels = batch()
+    indices = mined_by(embeddings, labels)
+    combined = losses.MultipleLosses([base, loss_func])
+    expected = base(embeddings, labels, indices) + value(loss_func, embeddings, labels)
+    torch.testing.assert_close(value(combined, embeddings, labels, indices), expected)
+
+
+def test_as_embedding_regularizer():
+    loss_func = small()
+    base = losses.MultiSimilarityLoss()
+    regularized = losses.MultiSimilarityLoss(embedding_regularizer=loss_func, embedding_reg_weight=0.5)
+    embeddings, labels = batch()
+    expected = base(embeddings, labels) + 0.5 * value(loss_func, embeddings)
+    torch.testing.assert_close(value(regularized, embeddings, labels), expected)
+    assert_trains(loss_func, value(regularized, embeddings, labels), embeddings)
+    assert [name for name, _ in regularized.named_parameters()] == ["embedding_regularizer.proxies"]
+
+
+def test_with_a_weight_regularizer_of_its_own():
+    from pytorch_metric_learning.regularizers import LpRegularizer
+
+    embeddings, labels = batch()
+    plain = value(small(), embeddings, labels)
+    regularized = value(
+        small(embedding_regularizer=LpRegularizer(), embedding_reg_weight=2), embeddings, labels
+    )
+    torch.testing.assert_close(regularized - plain, 2 * embeddings.norm(dim=1).mean())
+
+
+def test_distributed_loss_wrapper_in_one_process():
+    loss_func = small()
+    embeddings, labels = batch()
+    with pytest.warns(UserWarning, match="non-distributed"):
+        wrapped = value(DistributedLossWrapper(loss_func), embeddings, labels)
+    torch.testing.assert_close(wrapped, value(loss_func, embeddings, labels))
+
+
+@pytest.mark.parametrize(
+    ("reducer", "reduce"),
+    [
+        (reducers.SumReducer(), lambda x: x.sum()),
+        (reducers.AvgNonZeroReducer(), lambda x: x[x > 0].mean()),
+        (reducers.ThresholdReducer(low=0.15), lambda x: x[x > 0.15].mean()),
+        (reducers.ClassWeightedReducer(torch.arange(6.0)), None),
+    ],
+)
+def test_reducers(reducer, reduce):
+    """Every reducer sees the losses of the valid triplets, and their indices into the batch."""
+    kwargs = {"miner": ReciprocalNeighborMiner(num_neighbors=4, triplets_per_anchor=7)}
+    embeddings, labels = batch()
+    plain = small(reducer=reducers.DoNothingReducer(), **kwargs)
+    info = value(plain, embeddings, labels)
+    sample = info["sample_loss"]
+    assert sample["reduction_type"] == "triplet"
+    per_triplet, (anchors, positives, negatives) = sample["losses"], sample["indices"]
+    assert len(per_triplet) == len(anchors) == len(positives) == len(negatives) < B * 7
+    assert max(i.max() for i in sample["indices"]) < B
+    expected = (per_triplet * labels[anchors]).mean() if reduce is None else reduce(per_triplet)
+    loss_func = small(reducer=reducer, **kwargs)
+    actual = value(loss_func, embeddings, labels)
+    torch.testing.assert_close(actual, expected + info["proxy_loss"]["losses"])
+    assert_trains(loss_func, actual, embeddings)
+
+
+def test_other_miners():
+    """Any PML miner of triplets, or of pairs that make triplets, in place of the reciprocal neighbours."""
+    embeddings, labels = batch()
+    for miner in (miners.TripletMarginMiner(margin=5.0), miners.BatchHardMiner(), miners.MultiSimilarityMiner()):
+        loss_func = small(miner=miner, reducer=reducers.DoNothingReducer())
+        anchors, positives, negatives = value(loss_func, embeddings, labels)["sample_loss"]["indices"]
+        assert len(anchors) > 0
+        assert (labels[anchors] == labels[positives]).all()
+        assert (labels[anchors] != labels[negatives]).all()
+    nothing = small(miner=miners.TripletMarginMiner(margin=-100.0))
+    loss = value(nothing, embeddings, labels)
+    assert_trains(nothing, loss, embeddings)
+    with pytest.raises(ValueError, match="labels are None, but the miner TripletMarginMiner needs them"):
+        nothing(embeddings)
+
+
+def test_miner_settings_hold_for_the_proxies():
+    embeddings, labels = batch()
+    counts = {}
+    for triplets_per_anchor in (3, 30):
+        loss_func = small(
+            miner=ReciprocalNeighborMiner(num_neighbors=6, triplets_per_anchor=triplets_per_anchor),
+            collect_stats=True,
+        )
+        loss_func(embeddings, labels)
+        counts[triplets_per_anchor] = loss_func.num_triplets
+    assert counts[30] == 10 * counts[3]
+
+
+# --- sizes and optimizers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9),
+        lambda p: torch.optim.Adam(p, lr=0.1),
+        lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+        lambda p: geoopt.optim.RiemannianAdam(p, lr=0.1),
+    ],
+)
+def test_optimizer_built_before_the_first_batch_trains_the_proxies(make):
+    loss_func = HIERLoss(num_proxies=P)
+    optimizer = make(loss_func.parameters())
+    embeddings, labels = batch()
+    assert loss_func.embedding_size is None
+    loss_func(embeddings, labels).backward()
+    assert loss_func.embedding_size == D
+    before = loss_func.proxies.detach().clone()
+    optimizer.step()
+    assert (loss_func.proxies != before).any(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_proxies_follow_the_first_batch(dtype):
+    loss_func = HIERLoss(num_proxies=P)
+    loss_func(batch()[0].to(dtype))
+    assert loss_func.proxies.shape == (P, D)
+    assert loss_func.proxies.dtype == dtype
+
+
+def test_forgotten_optimizer_is_reported_once():
+    loss_func = small()
+    embeddings, labels = batch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(250):
+            loss_func(embeddings, labels).backward()
+    ours = [w for w in caught if "proxies of HIERLoss" in str(w.message)]
+    assert len(ours) == 1
+    assert "torch.optim.Adam([*model.parameters(), *loss_func.parameters()])" in str(ours[0].message)
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 30])
+def test_no_report_when_the_proxies_are_trained(through_data, accumulate):
+    loss_func = small()
+    embeddings, labels = batch()
+    optimizer = torch.optim.SGD(loss_func.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(150):
+            loss_func(embeddings, labels).backward()
+            if step % accumulate == accumulate - 1:
+                if through_data:  # as old optimizers do, unseen by autograd
+                    loss_func.proxies.data.sub_(0.1 * loss_func.proxies.grad)
+                else:
+                    optimizer.step()
+
+
+def test_no_report_without_gradients():
+    loss_func = small()
+    embeddings, labels = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            for _ in range(150):
+                loss_func(embeddings, labels)
+
+
+# --- state --------------------------------------------------------------------------------------------------
+
+
+def saved(loss_func):
+    buffer = io.BytesIO()
+    torch.save(loss_func.state_dict(), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("target", [None, D])
+def test_state_dict_after_the_first_batch(target):
+    source = HIERLoss(num_proxies=P)
+    source(batch()[0])
+    loss_func = HIERLoss(num_proxies=P, embedding_size=target)
+    optimizer = torch.optim.SGD(loss_func.parameters(), lr=0.1)
+    assert loss_func.load_state_dict(saved(source)) == ([], [])
+    assert torch.equal(loss_func.proxies, source.proxies)
+    embeddings, labels = batch()
+    torch.testing.assert_close(value(loss_func, embeddings, labels), value(source, embeddings, labels))
+    loss_func(embeddings, labels).backward()
+    optimizer.step()
+    assert not torch.equal(loss_func.proxies, source.proxies)
+
+
+@pytest.mark.parametrize("target", [None, D])
+def test_state_dict_before_the_first_batch(target):
+    state = saved(HIERLoss(num_proxies=P))
+    assert state["proxies"].shape == (P, 0)
+    loss_func = HIERLoss(num_proxies=P, embedding_size=target)
+    assert loss_func.load_state_dict(state) == ([], [])
+    assert loss_func.embedding_size == target
+    assert value(loss_func, *batch()).isfinite()
+
+
+def test_state_dict_inside_other_modules():
+    model = torch.nn.ModuleDict({"loss": losses.MultipleLosses([HIERLoss(num_proxies=P)])})
+    model["loss"](*batch())
+    other = torch.nn.ModuleDict({"loss": losses.MultipleLosses([HIERLoss(num_proxies=P)])})
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other["loss"].losses[0].proxies, model["loss"].losses[0].proxies)
+
+
+@pytest.mark.parametrize("target", [None, D, 5])
+def test_state_dict_of_another_size(target):
+    state = saved(small(num_proxies=P + 1))
+    with pytest.raises(RuntimeError, match=rf"size mismatch for proxies: .*\({P + 1}, {D}\)"):
+        HIERLoss(num_proxies=P, embedding_size=target).load_state_dict(state)
+
+
+def test_learned_curvature_is_in_the_state_dict():
+    def make(c):
+        return small(distance=PoincareDistance(c=geoopt.PoincareBall(c=c, learnable=True)))
+
+    source, target = make(0.3), make(0.7)
+    target.load_state_dict(source.state_dict())
+    assert float(target.distance.c) == pytest.approx(0.3)
+    embeddings, labels = batch()
+    value(source, embeddings, labels).backward()
+    curvature = dict(source.named_parameters())["distance.curvature.isp_c"]
+    assert curvature.grad.abs() > 0
+
+
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies(clone, sized):
+    loss_func = HIERLoss(num_proxies=P, embedding_size=D if sized else None)
+    other = clone(loss_func)
+    embeddings, labels = batch()
+    torch.testing.assert_close(value(other, embeddings, labels), value(loss_func, embeddings, labels)) if sized else None
+    value(other, embeddings, labels).backward()
+    assert loss_func.embedding_size == (D if sized else None)
+    assert other.proxies.grad is not None
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_half(sized):
+    loss_func = HIERLoss(num_proxies=P, embedding_size=D if sized else None).half()
+    embeddings, labels = batch()
+    half = embeddings.detach().half().requires_grad_()
+    loss = value(loss_func, half, labels)
+    assert loss_func.proxies.dtype == torch.float16
+    assert_trains(loss_func, loss, half)
+
+
+def test_to_device():
+    loss_func = HIERLoss(num_proxies=P).to("cpu")
+    assert value(loss_func, *batch()).isfinite()
+    meta = small().to("meta")
+    with pytest.raises(ValueError, match=r"embeddings are on cpu, but the proxies .* on meta"):
+        meta(*batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_floating_dtype(dtype):
+    """Low precision embeddings lose what their digits lose, and nothing in the loss."""
+    embeddings, labels = batch()
+    low = embeddings.detach().to(dtype).requires_grad_()
+    loss_func = small()
+    loss = value(loss_func, low, labels)
+    assert loss.dtype == dtype
+    if dtype != torch.float64:  # which draws other random numbers
+        torch.testing.assert_close(loss.float(), value(loss_func, low.detach().float(), labels), rtol=1e-2, atol=0)
+    assert_trains(loss_func, loss, low)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    embeddings, labels = batch()
+    loss_func = small()
+    expected = value(loss_func, embeddings, labels)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(value(loss_func, embeddings, labels), expected)
+
+
+# --- curvature ----------------------------------------------------------------------------------------------
+
+
+def test_two_losses_with_different_curvature():
+    embeddings, labels = batch()
+    flat, curved = (small(distance=PoincareDistance(c=c)) for c in (0.01, 1.0))
+    alone = [value(loss_func, embeddings, labels) for loss_func in (flat, curved)]
+    both = losses.MultipleLosses([flat, curved])
+    both(embeddings, labels)
+    assert abs(alone[0] - alone[1]) > 1e-3
+    assert [value(loss_func, embeddings, labels) for loss_func in (flat, curved)] == alone
+
+
+def test_points_already_on_the_ball():
+    """With normalize_embeddings=False a ToPoincare layer before the loss gives the same loss."""
+    embeddings, labels = batch()
+    head = ToPoincare(c=0.3, clip_radius=1.5)
+    raw = small(distance=PoincareDistance(c=0.3, clip_radius=1.5))
+    on_ball = small(distance=PoincareDistance(c=0.3, clip_radius=1.5, normalize_embeddings=False))
+    expected = value(raw, embeddings, labels)
+    torch.testing.assert_close(value(on_ball, head(embeddings), labels), expected, rtol=1e-4, atol=0)
+
+
+def test_gradient_is_not_scaled_unless_asked_for():
+    """Riemannian scaling of the official code is an option of the head: 0.094 at the clip radius."""
+    embeddings, labels = batch()
+    embeddings = (3 * embeddings.detach()).requires_grad_()  # every one is clipped
+    loss_func = small(distance=PoincareDistance(normalize_embeddings=False)).eval()
+    grads = [
+        torch.autograd.grad(value(loss_func, ToPoincare(riemannian_gradient=r)(embeddings), labels), embeddings)[0]
+        for r in (False, True)
+    ]
+    scale = (1 - math.tanh(math.sqrt(0.1) * 2.3) ** 2) ** 2 / 4
+    assert scale == pytest.approx(0.094, abs=1e-3)
+    torch.testing.assert_close(grads[1], grads[0] * scale, rtol=1e-3, atol=1e-7)
+
+
+# --- statistics ---------------------------------------------------------------------------------------------
+
+
+def test_stats():
+    embeddings, labels = batch()
+    with torch.no_grad():
+        embeddings[:8] *= 100
+        embeddings[8:] *= 0.1
+    loss_func = small(collect_stats=True)
+    info = value(small(reducer=reducers.DoNothingReducer()), embeddings, labels)
+    value(loss_func, embeddings, labels)
+    assert loss_func.fraction_clipped == 8 / B
+    assert loss_func.num_triplets > len(info["sample_loss"]["losses"]) > 0
+    assert 0 < loss_func.fraction_active < 1
+    assert 1 < loss_func.num_ancestors <= P
+    assert set(loss_func._record_these_stats) == {
+        "num_triplets", "fraction_active", "num_ancestors", "fraction_clipped"
+    }
+    assert not hasattr(small(), "num_triplets")
+
+
+# --- awkward batches and bad input --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "labels"),
+    [
+        (torch.randn(1, D), torch.zeros(1, dtype=torch.long)),
+        (torch.randn(2, D), torch.tensor([0, 1])),
+        (torch.randn(5, D), torch.arange(5)),  # fewer than num_neighbors
+        (torch.randn(B, D), torch.zeros(B, dtype=torch.long)),  # one class
+        (torch.randn(B, D), None),
+        (torch.zeros(B, D), torch.arange(B) % 4),
+        (torch.ones(B, D), torch.arange(B) % 4),
+        (torch.ones(B, D) * 1e30, torch.arange(B) % 4),
+        (torch.full((B, D), 1e-30), None),
+    ],
+)
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.parametrize("reducer", [None, reducers.AvgNonZeroReducer()])
+def test_awkward_batches_are_finite(embeddings, labels, fixed_shapes, reducer, monkeypatch):
+    if fixed_shapes:
+        monkeypatch.setattr(functional, "asking_is_free", lambda _: False)
+    loss_func = small(reducer=reducer)
+    embeddings = embeddings.clone().requires_grad_()
+    loss = value(loss_func, embeddings, labels)
+    assert_trains(loss_func, loss, embeddings)
+
+
+def test_nothing_reciprocal_keeps_every_proxy_in_the_graph():
+    """A zero loss must still have a gradient for every parameter, or DDP waits for it."""
+    loss_func = small(num_proxies=2)
+    embeddings, labels = batch(n=3)
+    loss = loss_func(embeddings, labels)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(loss_func.proxies.grad, torch.zeros(2, D))
+    assert torch.equal(embeddings.grad, torch.zeros(3, D))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["embeddings", "proxies"])
+def test_non_finite_input_gives_a_non_finite_loss(bad, where):
+    loss_func = small()
+    embeddings, labels = batch()
+    with torch.no_grad():
+        (embeddings if where == "embeddings" else loss_func.proxies)[3, 2] = bad
+    loss = value(loss_func, embeddings, labels)
+    loss.backward()
+    assert loss.isnan()
+    assert not loss_func.proxies.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f, e, y: f(e[0], y[:1]), r"embeddings must have shape \(batch_size, embedding_size\), got shape \(8,\)"),
+        (lambda f, e, y: f(e[None], y[:1]), r"embeddings must have shape .* got shape \(1, 32, 8\)"),
+        (lambda f, e, y: f(e[:, :5], y), r"embeddings must have 8 columns, .* got shape \(32, 5\)"),
+        (lambda f, e, y: f(e.detach().long(), y), r"embeddings must be floating point, got torch.int64"),
+        (lambda f, e, y: f(e[:, :0], y), r"embeddings must have at least one column, got shape \(32, 0\)"),
+        (lambda f, e, y: f([1.0], y), r"embeddings must be a torch.Tensor, got list"),
+        (lambda f, e, y: f(e[:0], y[:0]), r"embeddings must have at least one row, got shape \(0, 8\)"),
+        (lambda f, e, y: f(e, y[:-1]), r"labels must have shape \(32,\), .* got shape \(31,\)"),
+        (lambda f, e, y: f(e, y[:, None]), r"labels must have shape \(32,\), .* got shape \(32, 1\)"),
+        (lambda f, e, y: f(e, [0] * 32), r"labels must be a torch.Tensor, got list"),
+        (lambda f, e, y: f(e, y, ref_emb=e), r"ref_emb and ref_labels are not supported"),
+        (lambda f, e, y: f(e, y, ref_labels=y), r"ref_emb and ref_labels are not supported"),
+    ],
+)
+def test_bad_input(call, message):
+    loss_func = small()
+    embeddings, labels = batch()
+    before = loss_func.proxies.detach().clone()
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(loss_func, embeddings, labels)
+    assert torch.equal(loss_func.proxies, before)
+    lazy = HIERLoss(num_proxies=P)
+    if "must have 8 columns" not in message:
+        with pytest.raises((TypeError, ValueError)):
+            call(lazy, embeddings, labels)
+        assert lazy.embedding_size is None  # bad input must not decide the size
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_proxies": 0}, "num_proxies must be at least 1, got 0"),
+        ({"num_proxies": 2.5}, "num_proxies must be a whole number, got 2.5 of type float"),
+        ({"embedding_size": -1}, "embedding_size must be at least 1, got -1"),
+        ({"margin": -0.1}, "margin must be a finite non-negative number, got -0.1"),
+        ({"temperature": 0}, "temperature must be a finite positive number, got 0"),
+        ({"temperature": math.inf}, "temperature must be a finite positive number, got inf"),
+        ({"distance": "poincare"}, "distance must be a hierloss.PoincareDistance, got str"),
+        ({"miner": "hard"}, "miner must be a miner of pytorch_metric_learning, got str"),
+        ({"miner": losses.TripletMarginLoss()}, "miner must be a miner .* got TripletMarginLoss"),
+        (
+            {"distance": PoincareDistance(c=1.0), "miner": ReciprocalNeighborMiner(num_neighbors=5)},
+            r"distances of miner and loss must agree, got PoincareDistance\(c=0.1.* and PoincareDistance\(c=1,",
+        ),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        HIERLoss(**kwargs)
+
+
+def test_other_distances_are_refused():
+    from pytorch_metric_learning.distances import CosineSimilarity
+
+    with pytest.raises(TypeError, match="distance must be a hierloss.PoincareDistance, got CosineSimilarity"):
+        HIERLoss(distance=CosineSimilarity())
+
+
+def test_repr_shows_the_settings():
+    text = repr(HIERLoss(num_proxies=P))
+    assert "num_proxies=24, embedding_size=None, margin=0.1, temperature=0.1" in text
+    assert "PoincareDistance(c=0.1, clip_radius=2.3)" in text
+    assert "ReciprocalNeighborMiner" in text
