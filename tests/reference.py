@@ -44,7 +44,11 @@ def reciprocal_neighbors(distances: Tensor, labels: list[int] | None, num_neighb
 
 
 def draw_triplets(
-    distances: Tensor, labels: list[int] | None, num_neighbors: int, triplets_per_anchor: int, rng: random.Random
+    distances: Tensor,
+    labels: list[int] | None,
+    num_neighbors: int,
+    triplets_per_anchor: int,
+    rng: random.Random,
 ) -> list[tuple[int, int, int]]:
     triplets = []
     for i, related in enumerate(reciprocal_neighbors(distances, labels, num_neighbors)):

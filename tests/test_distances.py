@@ -45,7 +45,13 @@ WRAPPERS = {
     "WeightRegularizerMixin",
 }
 REFUSING_MINERS = {"AngularMiner", "DistanceWeightedMiner"}
-BASE_MINERS = {"BaseMiner", "BaseSubsetBatchMiner", "BaseTupleMiner", "EmbeddingsAlreadyPackagedAsTriplets", "MaximumLossMiner"}
+BASE_MINERS = {
+    "BaseMiner",
+    "BaseSubsetBatchMiner",
+    "BaseTupleMiner",
+    "EmbeddingsAlreadyPackagedAsTriplets",
+    "MaximumLossMiner",
+}
 
 
 def classes_of(module, left_out):
@@ -55,7 +61,8 @@ def classes_of(module, left_out):
 CLASSIFIER = {"num_classes": 4, "embedding_size": 8}
 ARGUMENTS = {
     **dict.fromkeys(
-        ["ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "NormalizedSoftmaxLoss", "ProxyAnchorLoss"], CLASSIFIER
+        ["ArcFaceLoss", "CosFaceLoss", "LargeMarginSoftmaxLoss", "NormalizedSoftmaxLoss", "ProxyAnchorLoss"],
+        CLASSIFIER,
     ),
     **dict.fromkeys(["ProxyNCALoss", "SoftTripleLoss", "SphereFaceLoss", "SubCenterArcFaceLoss"], CLASSIFIER),
     "ManifoldLoss": {"l": 8, "K": 4},
@@ -151,7 +158,9 @@ def test_knn_and_accuracy_calculator_use_the_hyperbolic_order():
     cosine = AccuracyCalculator(include=("precision_at_1",), k=1)
     normalized = (torch.nn.functional.normalize(t) for t in (query, reference))
     query, reference = normalized
-    assert cosine.get_accuracy(query, torch.tensor([5]), reference, torch.tensor([4, 5])) == {"precision_at_1": 0.0}
+    assert cosine.get_accuracy(query, torch.tensor([5]), reference, torch.tensor([4, 5])) == {
+        "precision_at_1": 0.0
+    }
 
 
 def test_batched_distance_and_match_finder():

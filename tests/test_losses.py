@@ -84,7 +84,8 @@ def test_fixed_shapes_give_the_same_mean(monkeypatch):
 def test_eval_mode_takes_the_most_probable_ancestor():
     """As draws do at a temperature at which they are certain. Not among proxies, where i and j tie for it."""
     loss_func = small(
-        miner=ReciprocalNeighborMiner(num_neighbors=4, triplets_per_anchor=20), reducer=reducers.DoNothingReducer()
+        miner=ReciprocalNeighborMiner(num_neighbors=4, triplets_per_anchor=20),
+        reducer=reducers.DoNothingReducer(),
     )
     embeddings, labels = batch()
 
@@ -176,9 +177,7 @@ def test_with_a_weight_regularizer_of_its_own():
 
     embeddings, labels = batch()
     plain = value(small(), embeddings, labels)
-    regularized = value(
-        small(embedding_regularizer=LpRegularizer(), embedding_reg_weight=2), embeddings, labels
-    )
+    regularized = value(small(embedding_regularizer=LpRegularizer(), embedding_reg_weight=2), embeddings, labels)
     torch.testing.assert_close(regularized - plain, 2 * embeddings.norm(dim=1).mean())
 
 
@@ -220,7 +219,11 @@ def test_reducers(reducer, reduce):
 def test_other_miners():
     """Any PML miner of triplets, or of pairs that make triplets, in place of the reciprocal neighbours."""
     embeddings, labels = batch()
-    for miner in (miners.TripletMarginMiner(margin=5.0), miners.BatchHardMiner(), miners.MultiSimilarityMiner()):
+    for miner in (
+        miners.TripletMarginMiner(margin=5.0),
+        miners.BatchHardMiner(),
+        miners.MultiSimilarityMiner(),
+    ):
         loss_func = small(miner=miner, reducer=reducers.DoNothingReducer())
         anchors, positives, negatives = value(loss_func, embeddings, labels)["sample_loss"]["indices"]
         assert len(anchors) > 0
@@ -387,7 +390,9 @@ def test_copies(clone, sized):
     loss_func = HIERLoss(num_proxies=P, embedding_size=D if sized else None)
     other = clone(loss_func)
     embeddings, labels = batch()
-    torch.testing.assert_close(value(other, embeddings, labels), value(loss_func, embeddings, labels)) if sized else None
+    torch.testing.assert_close(
+        value(other, embeddings, labels), value(loss_func, embeddings, labels)
+    ) if sized else None
     value(other, embeddings, labels).backward()
     assert loss_func.embedding_size == (D if sized else None)
     assert other.proxies.grad is not None
@@ -486,7 +491,10 @@ def test_stats():
     assert 0 < loss_func.fraction_active < 1
     assert 1 < loss_func.num_ancestors <= P
     assert set(loss_func._record_these_stats) == {
-        "num_triplets", "fraction_active", "num_ancestors", "fraction_clipped"
+        "num_triplets",
+        "fraction_active",
+        "num_ancestors",
+        "fraction_clipped",
     }
     assert not hasattr(small(), "num_triplets")
 
@@ -546,7 +554,10 @@ def test_non_finite_input_gives_a_non_finite_loss(bad, where):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda f, e, y: f(e[0], y[:1]), r"embeddings must have shape \(batch_size, embedding_size\), got shape \(8,\)"),
+        (
+            lambda f, e, y: f(e[0], y[:1]),
+            r"embeddings must have shape \(batch_size, embedding_size\), got shape \(8,\)",
+        ),
         (lambda f, e, y: f(e[None], y[:1]), r"embeddings must have shape .* got shape \(1, 32, 8\)"),
         (lambda f, e, y: f(e[:, :5], y), r"embeddings must have 8 columns, .* got shape \(32, 5\)"),
         (lambda f, e, y: f(e.detach().long(), y), r"embeddings must be floating point, got torch.int64"),
@@ -601,7 +612,7 @@ def test_bad_arguments(kwargs, message):
 def test_other_distances_are_refused():
     from pytorch_metric_learning.distances import CosineSimilarity
 
-    with pytest.raises(TypeError, match="distance must be a hierloss.PoincareDistance, got CosineSimilarity"):
+    with pytest.raises(TypeError, match=r"distance must be a hierloss.PoincareDistance, got CosineSimilarity"):
         HIERLoss(distance=CosineSimilarity())
 
 
@@ -610,3 +621,48 @@ def test_repr_shows_the_settings():
     assert "num_proxies=24, embedding_size=None, margin=0.1, temperature=0.1" in text
     assert "PoincareDistance(c=0.1, clip_radius=2.3)" in text
     assert "ReciprocalNeighborMiner" in text
+
+
+# --- many proxies -------------------------------------------------------------------------------------------
+
+
+def test_proxy_batch_draws_triplets_among_some_of_the_proxies(monkeypatch):
+    """The triplets of a step are among proxy_batch_size proxies, other ones each time; ancestors are any."""
+    seen, ancestors = [], []
+    original = functional.hierarchical_triplet_loss
+
+    def spy(distances, triplets, **kwargs):
+        result = original(distances, triplets, **kwargs)
+        seen.append(distances.detach())
+        ancestors.append(result.ancestors)
+        return result
+
+    monkeypatch.setattr(functional, "hierarchical_triplet_loss", spy)
+    loss_func = small(proxy_batch_size=10)
+    embeddings, labels = batch()
+    whole = poincare.pairwise_distance(*(loss_func.distance.normalize(loss_func.proxies),) * 2, 0.1).float()
+    chosen = set()
+    for seed in range(30):
+        value(loss_func, embeddings, labels, seed=seed)
+        rows = seen[-1][B:]
+        assert rows.shape == (10, P)
+        own = [int((whole - row).abs().sum(1).argmin()) for row in rows]
+        torch.testing.assert_close(rows, whole[own])
+        chosen |= {tuple(sorted(own))}
+    assert len(chosen) == 30
+    assert len(torch.cat([a.unique() for a in ancestors]).unique()) == P
+
+
+def test_proxy_batch_of_all_is_the_whole_loss_on_average():
+    embeddings, labels = batch()
+    values = []
+    for size in (None, P):
+        loss_func = small(proxy_batch_size=size)
+        values.append(torch.stack([value(loss_func, embeddings, labels, seed=s).detach() for s in range(40)]))
+    error = sum(v.var() / 40 for v in values).sqrt()
+    assert abs(values[0].mean() - values[1].mean()) < 4 * error < 0.05
+
+
+def test_bad_proxy_batch_size():
+    with pytest.raises(ValueError, match="proxy_batch_size must be at least 2, got 1"):
+        HIERLoss(proxy_batch_size=1)

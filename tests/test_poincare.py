@@ -54,7 +54,9 @@ def test_pairwise_keeps_near_pairs_in_float64(dim):
     for separation in (1e-3, 1e-6, 1e-8):
         y = x + separation * directions(20, dim, seed=1)
         matrix = poincare.pairwise_distance(x, y, 1.0).diagonal()
-        torch.testing.assert_close(matrix, poincare.distance(x, y, 1.0), rtol=1e-9 if separation > 1e-7 else 1e-5, atol=0)
+        torch.testing.assert_close(
+            matrix, poincare.distance(x, y, 1.0), rtol=1e-9 if separation > 1e-7 else 1e-5, atol=0
+        )
 
 
 @pytest.mark.parametrize("dim", [2, 64, 2048])
@@ -147,7 +149,9 @@ def test_riemannian_gradient_is_geoopts():
 def test_the_distance_from_the_origin_is_twice_the_norm():
     v = directions(6, 4) * torch.tensor([1e-9, 1e-3, 0.5, 1.0, 2.3, 5.0], dtype=torch.float64).unsqueeze(1)
     x = poincare.exp_map0(v, 0.1)
-    torch.testing.assert_close(poincare.distance(x, torch.zeros_like(x), 0.1), 2 * v.norm(dim=1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        poincare.distance(x, torch.zeros_like(x), 0.1), 2 * v.norm(dim=1), rtol=1e-12, atol=0
+    )
 
 
 def test_log_map_inverts_exp_map():
@@ -189,7 +193,10 @@ def test_hyperboloid():
     torch.testing.assert_close(poincare.from_hyperboloid(lifted, c), x)
     inner = time[:, None] * time - space @ space.T
     torch.testing.assert_close(
-        torch.acosh((c * inner).clamp(min=1)) / math.sqrt(c), poincare.pairwise_distance(x, x, c), rtol=1e-9, atol=1e-6
+        torch.acosh((c * inner).clamp(min=1)) / math.sqrt(c),
+        poincare.pairwise_distance(x, x, c),
+        rtol=1e-9,
+        atol=1e-6,
     )
 
 
@@ -208,7 +215,9 @@ def test_boundary_eps_keeps_the_boundary_finite(dtype, radius):
         for d in (poincare.pairwise_distance(x, y, 1.0), poincare.distance(x, y, 1.0)):
             assert d.isfinite().all()
             # As far as the triangle inequality demands: x is at log(2 / eps) from the origin, y at log 3.
-            assert d.min() > math.log(2 / poincare.boundary_eps(dtype)) - math.log(3) - 0.3  # a digit of eps is rounding
+            assert (
+                d.min() > math.log(2 / poincare.boundary_eps(dtype)) - math.log(3) - 0.3
+            )  # a digit of eps is rounding
             for grad in torch.autograd.grad(d.sum(), (x, y), retain_graph=True):
                 assert grad.isfinite().all()
 

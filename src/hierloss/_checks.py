@@ -63,4 +63,6 @@ def check_labels(labels: Tensor | None, count: int) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if labels.shape != (count,):
-        raise ValueError(f"labels must have shape ({count},), one for each embedding, got shape {tuple(labels.shape)}")
+        raise ValueError(
+            f"labels must have shape ({count},), one for each embedding, got shape {tuple(labels.shape)}"
+        )

@@ -20,8 +20,8 @@ from torch import Tensor
 
 __all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_triplets"]
 
-_CHUNK_CELLS = 2**17
-"""Cells of a (triplets, proxies) array that are worked on at a time on a CPU: small enough for its cache."""
+_CHUNK_CELLS = 2**19
+"""Cells of a (triplets, proxies) array that are worked on at a time on a CPU, near its cache."""
 
 _CHUNK_CELLS_ACCELERATOR = 2**24
 """The same on an accelerator, where launching a kernel costs more than leaving the cache."""
@@ -160,13 +160,14 @@ def hierarchical_triplet_loss(
 class _HierarchicalTripletLoss(torch.autograd.Function):
     @staticmethod
     def forward(distances, triplets, margin, temperature, noise, generator):  # type: ignore[no-untyped-def]
+        logits = distances / -temperature
         chunks = []
         for here in _chunks(triplets.shape[1], distances):
-            weights = _ancestor_weights(distances, triplets[:, here], temperature)[1]
+            _, ancestor_logits = _rows_and_ancestor_logits(logits, triplets[:, here])
             if noise is not None:
-                chunks.append((weights.log_() + noise[:, here]).argmax(-1))
+                chunks.append(ancestor_logits.add_(noise[:, here]).argmax(-1))
             else:
-                chunks.append(_inverse_cdf(weights, generator))
+                chunks.append(_inverse_cdf(ancestor_logits.softmax(-1), generator))
         ancestors = torch.cat(chunks, 1)
         return _terms(distances, triplets, ancestors, margin).clamp_min_(0).sum(0), ancestors
 
@@ -180,8 +181,7 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_losses, _):  # type: ignore[no-untyped-def]
         distances, triplets, noise, ancestors = ctx.saved_tensors
-        # Sign and size of the gradient with respect to d(., rho_ij), for i, j and k; that with respect to
-        # d(., rho_ijk) is the opposite.
+        # The gradient with respect to d(., rho_ij), for i, j and k; that of d(., rho_ijk) is the opposite.
         inactive = _terms(distances, triplets, ancestors, ctx.margin) <= 0  # false for NaN, which must go on
         slopes = ~inactive * grad_losses
         slopes[2].neg_()
@@ -193,14 +193,14 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         grad = torch.zeros_like(distances)
         cells = (triplets.unsqueeze(1) * distances.shape[1] + ancestors).flatten()
         grad.view(-1).index_add_(0, cells, torch.stack([slopes, -slopes], 1).flatten())
+        logits = distances / -ctx.temperature
         for here in _chunks(triplets.shape[1], distances):
             _add_soft_gradient(
                 grad,
-                distances,
+                logits,
                 triplets[:, here],
                 ancestors[:, here],
                 slopes[:, here],
-                ctx.temperature,
                 None if noise is None else noise[:, here],
                 ctx.generator,
             )
@@ -220,7 +220,7 @@ def _chunks(count: int, distances: Tensor) -> list[slice]:
 
 
 def _terms(distances: Tensor, triplets: Tensor, ancestors: Tensor, margin: float) -> Tensor:
-    """The three terms of the loss before the hinge, shape ``(3, T)``; no more than 0 for equal ancestors."""
+    """The three terms of the loss before the hinge, shape ``(3, T)``; 0 for equal ancestors."""
     cells = triplets.unsqueeze(1) * distances.shape[1] + ancestors
     near, far = distances.reshape(-1)[cells].unbind(1)
     gap = near - far
@@ -229,68 +229,70 @@ def _terms(distances: Tensor, triplets: Tensor, ancestors: Tensor, margin: float
     return (gap + margin) * (ancestors[0] != ancestors[1]) + distances.amax() * 0
 
 
-def _ancestor_weights(distances: Tensor, triplets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Rows of the three points, and unnormalised probabilities of the ancestors; both ``(., T, P)``."""
-    rows = distances.index_select(0, triplets.flatten()).view(3, triplets.shape[1], distances.shape[1])
-    weights = torch.empty_like(rows[:2])
-    torch.maximum(rows[0], rows[1], out=weights[0])
-    torch.maximum(weights[0], rows[2], out=weights[1])
-    # The largest weight of a row is 1, so that no row of weights underflows.
-    weights.neg_().sub_(weights.amax(-1, keepdim=True)).mul_(1 / temperature).exp_()
-    return rows, weights
+def _rows_and_ancestor_logits(logits: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of i, j and k, ``(3, T, P)``, and of the ancestors of i and j, and of all three, ``(2, T, P)``.
+
+    The farthest of several points is the one of smallest logit.
+    """
+    rows = logits.index_select(0, triplets.flatten()).view(3, triplets.shape[1], logits.shape[1])
+    ancestor_logits = torch.empty_like(rows[:2])
+    torch.minimum(rows[0], rows[1], out=ancestor_logits[0])
+    torch.minimum(ancestor_logits[0], rows[2], out=ancestor_logits[1])
+    return rows, ancestor_logits
 
 
-def _inverse_cdf(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw an index of the last dimension in proportion to the weights."""
-    cumulative = weights.cumsum(-1)
+def _inverse_cdf(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw an index of the last dimension."""
+    cumulative = probabilities.cumsum(-1)
     total = cumulative[..., -1:]
     # 1 - [0, 1) is never 0, so an index of weight 0 is never drawn, and never more than 1, so one always is.
-    uniform = 1 - torch.rand(total.shape, dtype=total.dtype, device=total.device, generator=generator)
+    uniform = 1 - _uniform(total, generator)
     index = torch.searchsorted(cumulative, uniform.mul_(total))
-    return index.squeeze(-1).clamp_max_(weights.shape[-1] - 1)  # NaN weights have no index
-
-
-def _exponential(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard exponential random numbers, positive and finite; faster than `Tensor.exponential_` on a CPU."""
-    uniform = torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
-    return uniform.clamp_min_(torch.finfo(like.dtype).tiny).log_().neg_()
+    return index.squeeze(-1).clamp_max_(probabilities.shape[-1] - 1)  # NaN has no index
 
 
 def _add_soft_gradient(
     grad: Tensor,
-    distances: Tensor,
+    logits: Tensor,
     triplets: Tensor,
     ancestors: Tensor,
     slopes: Tensor,
-    temperature: float,
     noise: Tensor | None,
     generator: torch.Generator | None,
 ) -> None:
-    """Add to ``grad`` what flows back through the soft choice of the ancestors.
+    """Add to ``grad``, that of the distances, what flows back through the soft choice of the ancestors.
 
-    The Gumbel-max trick is a race: proxy p arrives at ``t_p = exp(-gumbel_p) / weight_p``, the first is drawn,
-    and the soft probabilities are proportional to ``1 / t_p``. Given who was first, its time is exponential
-    with the total weight as its rate, and every other arrives later by an exponential time of its own rate.
+    The Gumbel-max trick is a race: proxy p arrives at ``t_p = exp(-gumbel_p) / probability_p``, the first is
+    drawn, and the soft probabilities are proportional to ``1 / t_p``. Given who was first, its time is standard
+    exponential, and every other arrives later than that by an exponential time of rate ``probability_p``.
     """
-    rows, weights = _ancestor_weights(distances, triplets, temperature)
+    rows, ancestor_logits = _rows_and_ancestor_logits(logits, triplets)
     if noise is not None:
-        soft = weights.mul_(noise.exp())
+        soft = (ancestor_logits + noise).softmax(-1)
     else:
-        total = weights.sum(-1, keepdim=True)
-        first = _exponential(total, generator).div_(total)
-        delay = _exponential(weights, generator).scatter_(-1, ancestors.unsqueeze(-1), 0)
-        soft = weights.div_(delay.addcmul_(first, weights))
-    # Gradient with respect to the soft probabilities of rho_ij; that of rho_ijk is the opposite.
+        probabilities = ancestor_logits.softmax(-1)
+        first = _uniform(probabilities[..., :1], generator).clamp_min_(torch.finfo(logits.dtype).tiny).log_()
+        delay = _uniform(probabilities, generator).log_().scatter_(-1, ancestors.unsqueeze(-1), 0)
+        # 1 / t_p = probability_p / (first * probability_p + delay_p). Logarithms of uniform numbers are negative
+        # exponential ones, so the result is negative; its sum below is negative too.
+        soft = probabilities.div_(delay.addcmul_(first, probabilities))
     towards = rows[0] * slopes[0].unsqueeze(-1)
     towards.addcmul_(rows[1], slopes[1].unsqueeze(-1)).addcmul_(rows[2], slopes[2].unsqueeze(-1))
+    # Backward of softmax. The distances of the loss stand here as logits, which gives the factor
+    # d logit / d distance = -1 / temperature of the softmax.
     total = soft.sum(-1, keepdim=True)
     mean = (soft * towards).sum(-1, keepdim=True).div_(total)
-    # Softmax, and d logit / d max = -1 / temperature.
-    soft.mul_(towards - mean).div_(total.mul_(temperature))
-    pair, triple = soft[0].neg_(), soft[1]
-    # The maximum passes its gradient to whichever distance it was.
-    largest = torch.maximum(rows[0], rows[1])
-    to_k = torch.gt(rows[2], largest, out=largest).mul_(triple)
-    pair.add_(triple).sub_(to_k)
-    to_j = torch.gt(rows[1], rows[0], out=triple).mul_(pair)
-    grad.index_add_(0, triplets.flatten(), torch.cat([pair.sub_(to_j), to_j, to_k]))
+    total[1].neg_()
+    pair, triple = soft.mul_(towards - mean).div_(total)
+    # The smaller logit passes its gradient on; rows become the gradients of i, j and k.
+    from_j = torch.lt(rows[1], rows[0], out=towards)
+    torch.lt(rows[2], ancestor_logits[0], out=rows[2]).mul_(triple)
+    pair.add_(triple).sub_(rows[2])
+    torch.mul(from_j, pair, out=rows[1])
+    torch.sub(pair, rows[1], out=rows[0])
+    grad.index_add_(0, triplets.flatten(), rows.view(-1, logits.shape[1]))
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform random numbers of [0, 1), shaped like ``like``."""
+    return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)

@@ -61,6 +61,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         miner: miner of the triplets among embeddings, default `ReciprocalNeighborMiner`; its
             ``num_neighbors`` and ``triplets_per_anchor`` hold for the proxies too. Any other PML miner is
             called with embeddings and labels.
+        proxy_batch_size: draw the proxies' triplets among this many proxies, drawn anew in every step;
+            ``None`` for all. Time and memory of a large ``num_proxies`` come from here. Neighbourhoods among
+            fewer proxies are wider ones; ancestors are still chosen from all.
         **kwargs: PML's options: ``distance`` (a `PoincareDistance`), ``reducer``, ``embedding_regularizer``,
             ``embedding_reg_weight``, ``collect_stats``.
 
@@ -93,6 +96,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         margin: float = 0.1,
         temperature: float = 0.1,
         miner: torch.nn.Module | None = None,
+        proxy_batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -104,17 +108,24 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self.num_proxies = check_count("num_proxies", num_proxies)
         self.margin = check_number("margin", margin, positive=False)
         self.temperature = check_number("temperature", temperature)
+        if proxy_batch_size is not None:
+            check_count("proxy_batch_size", proxy_batch_size, minimum=2)
+        self.proxy_batch_size = proxy_batch_size
         self.miner = ReciprocalNeighborMiner(distance=self.distance) if miner is None else miner
         _check_miner(self.miner, self.distance)
-        own = isinstance(self.miner, ReciprocalNeighborMiner)
-        self._proxy_miner = self.miner if own else ReciprocalNeighborMiner(distance=self.distance)
+        self._proxy_miner: ReciprocalNeighborMiner
+        if isinstance(self.miner, ReciprocalNeighborMiner):
+            self._proxy_miner = self.miner
+        else:
+            self._proxy_miner = ReciprocalNeighborMiner(distance=self.distance)
         self.proxies = torch.nn.UninitializedParameter()
         self._steps_without_update: int | None = 0
         if embedding_size is not None:
             self._create_proxies(check_count("embedding_size", embedding_size))
         self.add_to_recordable_attributes(list_of_names=["num_proxies", "margin", "temperature"], is_stat=False)
         self.add_to_recordable_attributes(
-            list_of_names=["num_triplets", "fraction_active", "num_ancestors", "fraction_clipped"], is_stat=True
+            list_of_names=["num_triplets", "fraction_active", "num_ancestors", "fraction_clipped"],
+            is_stat=True,
         )
 
     @property
@@ -124,7 +135,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     @property
     def _is_lazy(self) -> bool:
-        return torch.nn.parameter.is_lazy(self.proxies)
+        return isinstance(self.proxies, torch.nn.UninitializedParameter)
 
     def get_default_distance(self) -> PoincareDistance:
         return PoincareDistance()
@@ -163,14 +174,18 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         batch_size = len(embeddings)
         points = poincare.project(self.distance.maybe_normalize(embeddings), self.distance.c)
         ancestors = self.distance.normalize(self.proxies)
+        proxy_batch = torch.arange(self.num_proxies, device=embeddings.device)
+        if self.proxy_batch_size is not None:
+            proxy_batch = torch.randperm(self.num_proxies, device=embeddings.device)[: self.proxy_batch_size]
         distances = poincare.pairwise_distance(
-            torch.cat([points.to(ancestors.dtype), ancestors]),
+            torch.cat([points.to(ancestors.dtype), ancestors[proxy_batch]]),
             ancestors,
             self.distance.c,
             dtype=poincare.result_dtype(embeddings),
         )
         sample_triplets, sample_valid = self._mine(embeddings, labels)
-        proxy_triplets, proxy_valid = _drop_invalid(self._proxy_miner.sample(distances[batch_size:].detach()))
+        among_proxies = distances[batch_size:, proxy_batch].detach()
+        proxy_triplets, proxy_valid = _drop_invalid(self._proxy_miner.sample(among_proxies))
         triplets = torch.cat([sample_triplets, proxy_triplets + batch_size], 1)
         # In eval mode nothing is drawn: without noise, the most probable ancestor wins.
         noise = None if self.training else distances.new_zeros(()).expand(2, triplets.shape[1], self.num_proxies)
@@ -311,8 +326,10 @@ def _check_miner(miner: Any, distance: PoincareDistance) -> None:
 
 
 def _drop_invalid(mined: tuple[Tensor, Tensor, Tensor, Tensor], wait: bool = False) -> tuple[Tensor, Tensor]:
-    """Triplets ``(3, T)`` and their validity; without the invalid ones where asking for them is free, or
-    worth waiting for the device, and unless all are invalid."""
+    """Triplets ``(3, T)`` and whether they are valid, ``(T,)``.
+
+    Without the invalid ones where asking for them is free, or worth waiting for the device; unless all are.
+    """
     triplets, valid = torch.stack(mined[:3]), mined[3]
     if (wait or functional.asking_is_free(valid)) and valid.any():
         return triplets[:, valid], valid[valid]

@@ -51,9 +51,7 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
             )
         self.num_neighbors = check_count("num_neighbors", num_neighbors, minimum=2)
         self.triplets_per_anchor = check_count("triplets_per_anchor", triplets_per_anchor)
-        self.add_to_recordable_attributes(
-            list_of_names=["num_neighbors", "triplets_per_anchor"], is_stat=False
-        )
+        self.add_to_recordable_attributes(list_of_names=["num_neighbors", "triplets_per_anchor"], is_stat=False)
 
     def get_default_distance(self) -> PoincareDistance:
         return PoincareDistance()
@@ -69,9 +67,7 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
         anchors, positives, negatives, valid = self.sample(self.distance(embeddings), labels)
         return anchors[valid], positives[valid], negatives[valid]
 
-    def sample(
-        self, distances: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def sample(self, distances: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draw triplets from distances with this miner's settings; see `functional.reciprocal_triplets`."""
         return functional.reciprocal_triplets(
             distances,

@@ -90,18 +90,20 @@ def _working(x: Tensor) -> Tensor:
 def _sqrt(c: float | Tensor, like: Tensor) -> Tensor:
     """``sqrt(c)`` as a 0-dim tensor of the dtype of ``like``."""
     if isinstance(c, Tensor):
-        return c.to(like.dtype).sqrt()
+        root: Tensor = c.to(like.dtype).sqrt()
+        return root
     return torch.full((), math.sqrt(c), dtype=like.dtype, device=like.device)
 
 
 def _norm(x: Tensor) -> Tensor:
     """Euclidean norm of the rows, kept as a column, never 0, with gradient 0 at the origin."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(min_norm(x.dtype))
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.clamp_min(min_norm(x.dtype))
 
 
 def _conformal(x: Tensor) -> Tensor:
     """``1 / sqrt(1 - |x|^2)`` for points ``x`` of the unit ball, as a column."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return ((1 - norm) * (1 + norm)).rsqrt()
 
 
@@ -240,7 +242,7 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
     Source: Ratcliffe, theorem 4.5.1, in the form that cancels nowhere.
     """
     p, q = _unit_ball(x, c), _unit_ball(y, c)
-    gap = torch.linalg.vector_norm(p - q, dim=-1)
+    gap: Tensor = torch.linalg.vector_norm(p - q, dim=-1)
     ratio = gap * (_conformal(p) * _conformal(q)).squeeze(-1)
     return (2 / _sqrt(c, p) * ratio.asinh()).to(result_dtype(x, y))
 

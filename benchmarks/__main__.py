@@ -1,0 +1,45 @@
+"""Prints tables and writes JSON and plots: ``python -m benchmarks speed growth distances``."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks import distances, speed
+from benchmarks.report import show, write
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", metavar="speed|growth|distances", default=["speed", "growth", "distances"]
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=10, help="timed steps of each size (default: 10)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plots")
+    args = parser.parse_args()
+    unknown = set(args.names) - {"speed", "growth", "distances"}
+    if unknown:
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are speed, growth and distances")
+    device = torch.device(args.device)
+    suffix = "" if device.type == "cpu" else f"-{device.type}"
+
+    if "speed" in args.names:
+        rows = speed.compare(args.device, args.repeats, batch=180, dim=128, proxies=512, triplets=50)
+        show("A training step of HIER, forward and backward", rows)
+        show("Where the time of hierloss goes", speed.breakdown(args.device))
+        write(args.output, f"speed{suffix}", device, rows, None)
+    if "growth" in args.names:
+        rows = speed.growth(args.device, max(2, args.repeats // 3))
+        show("A training step of HIER as sizes grow", rows)
+        write(args.output, f"growth{suffix}", device, rows, speed.plot_growth(rows))
+    if "distances" in args.names:
+        rows = [row for dtype in (torch.float32, torch.bfloat16, torch.float16) for row in distances.errors(dtype)]
+        show("Largest relative error of distances and their gradients", rows)
+        write(args.output, "distances", torch.device("cpu"), rows, distances.plot(rows))
+
+
+if __name__ == "__main__":
+    main()

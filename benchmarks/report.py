@@ -1,0 +1,65 @@
+"""What every benchmark does with its figures: a table on the screen, JSON and a plot in files."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import geoopt
+import matplotlib
+import pytorch_metric_learning
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import hierloss
+
+matplotlib.use("Agg")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device and versions, as they go into every JSON file."""
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    return {
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pytorch-metric-learning": pytorch_metric_learning.__version__,
+        "geoopt": geoopt.__version__,
+        "hierloss": hierloss.__version__,
+    }
+
+
+def write(
+    folder: Path, name: str, device: torch.device, rows: list[dict[str, Any]], figure: Figure | None
+) -> None:
+    """Write ``name.json`` and ``name.png`` into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"environment": environment(device), "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    written = f"{name}.json"
+    if figure is not None:
+        figure.savefig(folder / f"{name}.png", dpi=130, bbox_inches="tight")
+        written += f" and {name}.png"
+    Console(stderr=True).print(f"wrote {written} to {folder}", highlight=False)
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a table, one column for each key."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    Console(width=140).print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        exact = f"{value:g}"
+        return exact if len(exact) <= 7 else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    return str(value)

@@ -1,0 +1,192 @@
+"""Time and memory of a training step of HIER, beside the plain form."""
+
+import multiprocessing
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks import plain
+from hierloss import HIERLoss, ReciprocalNeighborMiner
+
+Step = Callable[[], Tensor]
+
+
+def make_step(
+    form: str, device: str, batch: int, dim: int, proxies: int, triplets: int, proxy_batch: int | None = None
+) -> Step:
+    """A function that runs forward and backward once; ``form`` is "hierloss" or "plain"."""
+    torch.manual_seed(0)
+    embeddings = torch.randn(batch, dim, device=device).requires_grad_()
+    labels = torch.arange(batch, device=device) // 2
+    miner = ReciprocalNeighborMiner(triplets_per_anchor=triplets)
+    loss_func = HIERLoss(proxies, dim, miner=miner, proxy_batch_size=proxy_batch).to(device)
+
+    def run() -> Tensor:
+        if form == "hierloss":
+            loss: Tensor = loss_func(embeddings, labels)
+        else:
+            loss = plain.hier(embeddings, labels, loss_func.proxies, triplets_per_anchor=triplets)
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def seconds(step: Step, device: str) -> float:
+    """Time of one step, with the device's work done."""
+    wait(device)
+    start = time.perf_counter()
+    step()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def side_by_side(steps: dict[str, Step], device: str, repeats: int) -> dict[str, list[float]]:
+    """Times of several steps, run in turns so that whatever else the machine does meets all of them."""
+    for step in steps.values():
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            times[name].append(seconds(step, device))
+    return times
+
+
+def peak_memory(**settings: Any) -> float:
+    """Largest extra memory of a step in MB, measured in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_memory, args=(sender, settings))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise MemoryError(f"the process that measured memory ended with exit code {process.exitcode}: {settings}")
+    result: float = receiver.recv()
+    return result
+
+
+def _measure_memory(sender: Any, settings: dict[str, Any]) -> None:
+    small = settings | {"batch": 24, "proxies": 24, "triplets": 2}
+    make_step(**small)()  # what loading code takes is not the step's
+    step = make_step(**settings)
+    if settings["device"] == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        sender.send((torch.cuda.max_memory_allocated() - before) / 2**20)
+    else:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+
+
+def compare(device: str, repeats: int, **sizes: int) -> list[dict[str, Any]]:
+    """One row for each form: median time with its spread, memory, and how many times the plain form takes."""
+    forms = ("plain", "hierloss")
+    times = side_by_side({form: make_step(form, device, **sizes) for form in forms}, device, repeats)
+    memory = {form: peak_memory(form=form, device=device, **sizes) for form in forms}
+    ratios = sorted(a / b for a, b in zip(times["plain"], times["hierloss"], strict=True))
+    rows = []
+    for form in forms:
+        own = sorted(times[form])
+        rows.append(
+            {
+                "form": form,
+                **sizes,
+                "n": repeats,
+                "median ms": 1e3 * statistics.median(own),
+                "least ms": 1e3 * own[0],
+                "most ms": 1e3 * own[-1],
+                "times faster": 1.0 if form == "plain" else statistics.median(ratios),
+                "extra MB": memory[form],
+                "times smaller": memory["plain"] / memory[form],
+            }
+        )
+    return rows
+
+
+def growth(device: str, repeats: int) -> list[dict[str, Any]]:
+    """Time and memory of one step as each size grows by itself."""
+    base = {"batch": 180, "dim": 128, "proxies": 512, "triplets": 50}
+    values = {
+        "batch": [32, 128, 512, 2048, 4096],
+        "dim": [32, 128, 512, 1024],
+        "proxies": [64, 256, 1024, 4096],
+        "triplets": [10, 50, 200, 800],
+    }
+    cases = [(name, base | {name: value}) for name, several in values.items() for value in several]
+    # Beyond this, all proxies as anchors are what limits; a batch of them is not.
+    cases += [("proxies", base | {"proxies": value, "proxy_batch": 512}) for value in (4096, 10_000, 20_000)]
+    rows = []
+    for name, sizes in tqdm(cases, unit="size"):
+        step = make_step("hierloss", device, **sizes)
+        step()
+        own = sorted(seconds(step, device) for _ in range(repeats))
+        rows.append(
+            {
+                "grows": name,
+                **base,
+                "proxy_batch": "all",
+                **sizes,
+                "n": repeats,
+                "median ms": 1e3 * statistics.median(own),
+                "least ms": 1e3 * own[0],
+                "most ms": 1e3 * own[-1],
+                "extra MB": peak_memory(form="hierloss", device=device, **sizes),
+            }
+        )
+    return rows
+
+
+def plot_growth(rows: list[dict[str, Any]]) -> Figure:
+    figure, all_axes = plt.subplots(2, 4, figsize=(13, 5.5), sharey="row", layout="constrained")
+    for axes, name in zip(all_axes.T, ("batch", "proxies", "dim", "triplets"), strict=True):
+        for whole, style in ((True, "o-"), (False, "s--")):
+            own = [row for row in rows if row["grows"] == name and (row["proxy_batch"] == "all") == whole]
+            if not own:
+                continue
+            x = [row[name] for row in own]
+            label = "all proxies are anchors" if whole else "proxy_batch_size=512"
+            axes[0].plot(x, [row["median ms"] for row in own], style, label=label)
+            axes[0].fill_between(x, [r["least ms"] for r in own], [r["most ms"] for r in own], alpha=0.2)
+            axes[1].plot(x, [row["extra MB"] for row in own], style, label=label)
+        for ax in axes:
+            ax.set(xscale="log", yscale="log")
+            ax.grid(alpha=0.3)
+        axes[1].set_xlabel({"dim": "embedding size", "triplets": "triplets per anchor"}.get(name, name))
+    all_axes[0, 0].set_ylabel("forward and backward, ms")
+    all_axes[1, 0].set_ylabel("extra memory, MB")
+    all_axes[0, 1].legend(frameon=False)
+    return figure
+
+
+def breakdown(device: str) -> list[dict[str, Any]]:
+    """Where the time of a step goes, by operation, at the default sizes."""
+    step = make_step("hierloss", device, batch=180, dim=128, proxies=512, triplets=50)
+    step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(5):
+            step()
+    attribute = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = sorted(profile.key_averages(), key=lambda event: -getattr(event, attribute))
+    total = sum(getattr(event, attribute) for event in events)
+    return [
+        {"operation": event.key, "calls": event.count // 5, "share %": 100 * getattr(event, attribute) / total}
+        for event in events[:12]
+    ]

@@ -1,0 +1,94 @@
+"""The slow side of the benchmarks is HIER, or its figures would mean nothing; and the benchmarks run."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import reference
+import torch
+
+from benchmarks import distances, plain, speed
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_plain_form_equals_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    v, w = (torch.randn(n, 5, dtype=torch.float64, generator=generator).requires_grad_() for n in (9, 7))
+    rng = random.Random(0)
+    triplets = [tuple(rng.sample(range(9), 3)) for _ in range(40)]
+    noise = -torch.log(-torch.log(torch.rand(2, 40, 7, dtype=torch.float64, generator=generator)))
+    expected = reference.hier(v, w, triplets, [], noise, noise[:, :0])
+    x, rho = (plain.exp_map0(t, 0.1, 2.3) for t in (v, w))
+    actual = plain.triplet_losses(
+        plain.distance_matrix(x, rho, 0.1), tuple(torch.tensor(triplets).T), 0.1, 0.1, noise
+    ).mean()
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, (v, w)), torch.autograd.grad(expected, (v, w)), rtol=1e-6, atol=1e-9
+    )
+
+
+def test_plain_form_mines_the_reference_triplets():
+    torch.manual_seed(0)
+    v = torch.randn(20, 3)
+    labels = torch.arange(20) % 4
+    matrix = plain.distance_matrix(*(plain.exp_map0(v, 0.1, 2.3),) * 2, 0.1)
+    anchors, positives, negatives = plain.mine(matrix, labels, 6, 300)
+    related = reference.reciprocal_neighbors(matrix.double(), labels.tolist(), 6)
+    for i in range(20):
+        mine = anchors == i
+        assert mine.sum() == 300 * (len(related[i]) >= 2)
+        if mine.any():
+            assert set(positives[mine].tolist()) == related[i]
+            assert set(negatives[mine].tolist()) == set(range(20)) - related[i] - {i}
+
+
+def test_both_forms_agree_on_average():
+    sizes = {"batch": 40, "dim": 8, "proxies": 32, "triplets": 50}
+    means = []
+    for form in ("hierloss", "plain"):
+        step = speed.make_step(form, "cpu", **sizes)
+        losses = torch.stack([step() for _ in range(40)])
+        means.append((losses.mean(), losses.var() / 40))
+    (a, var_a), (b, var_b) = means
+    assert (var_a + var_b).sqrt() < 0.015 * b
+    assert abs(a - b) < 4 * (var_a + var_b).sqrt()
+
+
+def test_exact_distances_of_the_benchmark():
+    """Its 50 digit gradient against autograd in float64, where float64 is good."""
+    x, y = distances.sample(0.9, 0.1, torch.float64)
+    values, gradients = distances.exact(x, y)
+    own = x.clone().requires_grad_()
+    d = distances.moebius(own, y)
+    torch.testing.assert_close(d.detach(), torch.from_numpy(values), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(d.sum(), own)[0], torch.from_numpy(gradients), rtol=1e-6, atol=0
+    )
+
+
+def test_distances_are_as_exact_as_documented():
+    """docs/numerics.md: at most 3e-7 in every cell, in float32, of value and gradient."""
+    for row in distances.errors(torch.float32):
+        for name in ("distance", "pairwise"):
+            assert row[name] < 3e-7
+            assert row[f"{name} grad"] < 3e-7
+            for other in ("geoopt", "Möbius"):  # as good as either, up to the last bit of float32
+                assert row[name] <= row[other] + 2**-23
+                assert row[f"{name} grad"] <= row[f"{other} grad"] + 2**-22
+
+
+def test_command_writes_json_and_plot(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "distances", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Largest relative error" in done.stdout
+    content = json.loads((tmp_path / "distances.json").read_text())
+    assert content["environment"]["torch"] == torch.__version__
+    assert len(content["rows"]) > 100
+    assert (tmp_path / "distances.png").stat().st_size > 10_000
+    wrong = subprocess.run([*command[:3], "sped"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "no benchmark is called sped" in wrong.stderr

@@ -1,0 +1,80 @@
+"""torch.compile without graph breaks, with the values of eager mode."""
+
+import shutil
+
+import pytest
+import torch
+
+from hierloss import HIERLoss, functional, poincare
+
+
+def values_and_gradients(function, *inputs):
+    torch.manual_seed(0)
+    out = function(*inputs)
+    wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    return out, *torch.autograd.grad(out, wanted)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_functional_core(drawn):
+    generator = torch.Generator().manual_seed(0)
+    distances = torch.rand(30, 16, generator=generator).requires_grad_()
+    triplets = torch.randint(30, (3, 200), generator=generator)
+    noise = None if drawn else torch.randn(2, 200, 16, generator=generator)
+
+    def mean(distances):
+        return functional.hierarchical_triplet_loss(distances, triplets, noise=noise).losses.mean()
+
+    compiled = torch.compile(mean, fullgraph=True, backend="aot_eager")
+    value, grad = values_and_gradients(compiled, distances)
+    expected, expected_grad = values_and_gradients(mean, distances)
+    torch.testing.assert_close(value, expected)
+    if not drawn:  # else backward draws for other shapes: eager mode leaves out triplets without gradient
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_distances():
+    x = (torch.randn(9, 4, generator=torch.Generator().manual_seed(0)) * 0.3).requires_grad_()
+
+    def total(x):
+        return poincare.pairwise_distance(poincare.exp_map0(x, 0.7), x, 0.7).square().sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(values_and_gradients(compiled, x), values_and_gradients(total, x))
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_the_loss_itself(with_labels, monkeypatch):
+    torch.manual_seed(0)
+    loss_func = HIERLoss(num_proxies=24, embedding_size=8)
+    embeddings = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.arange(32) % 6 if with_labels else None
+    compiled = torch.compile(loss_func, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    value = compiled(embeddings, labels)
+    value.backward()
+    assert loss_func.proxies.grad.abs().max() > 0
+    monkeypatch.setattr(functional, "asking_is_free", lambda _: False)  # the shapes that a compiler needs
+    torch.manual_seed(1)
+    torch.testing.assert_close(value, loss_func(embeddings, labels))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C compiler")
+def test_inductor():
+    """The default backend, on the core with given noise: it draws random numbers of its own."""
+    generator = torch.Generator().manual_seed(0)
+    distances = torch.rand(30, 16, generator=generator).requires_grad_()
+    triplets = torch.randint(30, (3, 200), generator=generator)
+    noise = torch.randn(2, 200, 16, generator=generator)
+
+    def mean(distances):
+        return functional.hierarchical_triplet_loss(distances, triplets, noise=noise).losses.mean()
+
+    compiled = torch.compile(mean, fullgraph=True)
+    torch.testing.assert_close(values_and_gradients(compiled, distances), values_and_gradients(mean, distances))
