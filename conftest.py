@@ -1,0 +1,25 @@
+"""Runs the code blocks of the Markdown files, and gives doctests of ``src/`` what they all need."""
+
+from typing import Any
+
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+
+def seed(_: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+
+
+# The blocks of one file share a namespace, and run in order.
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md", "docs/**/*.md"], setup=seed
+).pytest()
+
+
+@pytest.fixture(autouse=True)
+def _doctest_setup(request: pytest.FixtureRequest) -> None:
+    if isinstance(request.node, pytest.DoctestItem):
+        seed({})
+        request.getfixturevalue("doctest_namespace")["torch"] = torch

@@ -1,0 +1,122 @@
+"""The built distributions: what they hold, and that the wheel works where nothing else is installed."""
+
+import json
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import hierloss
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+DEPENDENCIES = {"geoopt", "numpy", "pytorch-metric-learning", "torch"}
+
+DESCRIBE_ENVIRONMENT = """
+import json
+from importlib.metadata import distributions, version
+import hierloss
+print(json.dumps({
+    "file": hierloss.__file__,
+    "version": hierloss.__version__,
+    "metadata_version": version("hierloss"),
+    "requires": {d.name: d.requires or [] for d in distributions()},
+}))
+"""
+
+
+def run(*command: object) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist, and the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """Python of an environment that holds the wheel and what it depends on."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", built[1])
+    return python
+
+
+def test_sdist_holds_what_is_needed_to_judge_and_test_it(built):
+    with tarfile.open(built[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= {
+        "CHANGELOG.md",
+        "LICENSE",
+        "README.md",
+        "conftest.py",
+        "constraints.txt",
+        "pyproject.toml",
+        "src/hierloss/py.typed",
+        "tests/test_package.py",
+    }
+
+
+def test_wheel_holds_the_package_alone(built):
+    with zipfile.ZipFile(built[1]) as archive:
+        names = set(archive.namelist())
+    metadata = f"hierloss-{hierloss.__version__}.dist-info"
+    sources = [p for p in (ROOT / "src").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert {n for n in names if not n.startswith(metadata)} == {
+        p.relative_to(ROOT / "src").as_posix() for p in sources
+    }
+    assert "hierloss/py.typed" in names
+    assert f"{metadata}/licenses/LICENSE" in names
+
+
+def test_dependencies_are_exactly_four(built):
+    with zipfile.ZipFile(built[1]) as archive:
+        text = archive.read(f"hierloss-{hierloss.__version__}.dist-info/METADATA").decode()
+    requirements = map(Requirement, HeaderParser().parsestr(text).get_all("Requires-Dist"))
+    needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    assert {r.name for r in needed} == DEPENDENCIES
+
+
+def test_wheel_works_in_an_empty_environment(installed):
+    assert run(installed, "-I", "-c", "import hierloss") == ""
+    found = json.loads(run(installed, "-I", "-c", DESCRIBE_ENVIRONMENT))
+    assert found["version"] == found["metadata_version"] == hierloss.__version__
+    assert not Path(found["file"]).is_relative_to(ROOT)
+    assert Path(found["file"]).with_name("py.typed").exists()
+    requires = {canonicalize_name(name): lines for name, lines in found["requires"].items()}
+    allowed, queue = {"pip", "setuptools"}, ["hierloss"]  # an environment is born with the first two
+    while queue:
+        name = queue.pop()
+        allowed.add(name)
+        requirements = [Requirement(line) for line in requires.get(name, [])]
+        applying = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+        queue += {canonicalize_name(r.name) for r in applying} - allowed
+    assert set(requires) <= allowed
+
+
+def test_a_training_step_in_an_empty_environment(installed):
+    run(
+        installed,
+        "-I",
+        "-c",
+        "import torch; from hierloss import HIERLoss; torch.manual_seed(0)\n"
+        "embeddings = torch.randn(64, 8, requires_grad=True)\n"
+        "HIERLoss(num_proxies=32)(embeddings, torch.arange(64) // 4).backward()\n"
+        "assert embeddings.grad.abs().sum() > 0",
+    )
