@@ -21,7 +21,7 @@ def _fresh_compiler():
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_functional_core(drawn):
+def test_functional_core(drawn, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     distances = torch.rand(30, 16, generator=generator).requires_grad_()
     triplets = torch.randint(30, (3, 200), generator=generator)
@@ -31,11 +31,10 @@ def test_functional_core(drawn):
         return functional.hierarchical_triplet_loss(distances, triplets, noise=noise).losses.mean()
 
     compiled = torch.compile(mean, fullgraph=True, backend="aot_eager")
-    value, grad = values_and_gradients(compiled, distances)
-    expected, expected_grad = values_and_gradients(mean, distances)
-    torch.testing.assert_close(value, expected)
-    if not drawn:  # else backward draws for other shapes: eager mode leaves out triplets without gradient
-        torch.testing.assert_close(grad, expected_grad)
+    actual = values_and_gradients(compiled, distances)
+    if drawn:  # the shapes that a compiler needs, and so the same random numbers
+        monkeypatch.setattr(functional, "asking_is_free", lambda _: False)
+    torch.testing.assert_close(actual, values_and_gradients(mean, distances))
 
 
 def test_distances():
