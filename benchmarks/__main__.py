@@ -8,8 +8,6 @@ import torch
 from benchmarks import distances, speed
 from benchmarks.report import show, write
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -18,7 +16,9 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps of each size (default: 10)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for JSON and plots")
+    parser.add_argument(
+        "--output", type=Path, help="folder for JSON and plots (default: benchmarks/results, docs/images)"
+    )
     args = parser.parse_args()
     unknown = set(args.names) - {"speed", "growth", "distances"}
     if unknown:
@@ -30,15 +30,16 @@ def main() -> None:
         rows = speed.compare(args.device, args.repeats, batch=180, dim=128, proxies=512, triplets=50)
         show("A training step of HIER, forward and backward", rows)
         show("Where the time of hierloss goes", speed.breakdown(args.device))
-        write(args.output, f"speed{suffix}", device, rows, None)
+        write(f"speed{suffix}", device, rows, None, args.output)
     if "growth" in args.names:
         rows = speed.growth(args.device, max(2, args.repeats // 3))
         show("A training step of HIER as sizes grow", rows)
-        write(args.output, f"growth{suffix}", device, rows, speed.plot_growth(rows))
+        write(f"growth{suffix}", device, rows, speed.plot_growth(rows), args.output)
     if "distances" in args.names:
         rows = [row for dtype in (torch.float32, torch.bfloat16, torch.float16) for row in distances.errors(dtype)]
         show("Largest relative error of distances and their gradients", rows)
-        write(args.output, "distances", torch.device("cpu"), rows, distances.plot(rows))
+        show("The worst cells of these", distances.summary(rows))
+        write("distances", torch.device("cpu"), rows, distances.plot(rows), args.output)
 
 
 if __name__ == "__main__":

@@ -119,3 +119,19 @@ def plot(rows: list[dict[str, Any]], dtype: str = "float32") -> Figure:
         ax.set_xlabel("Euclidean separation")
     figure.colorbar(image, ax=all_axes, label="log10 of the largest relative error")
     return figure
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The worst cell of each form, for every dtype: of near pairs, near the boundary, and of all."""
+    parts: dict[str, Callable[[dict[str, Any]], bool]] = {
+        "near pairs, 1e-6 to 1e-4 apart": lambda row: row["separation"] <= 1e-4,
+        "at 0.9999 of the radius and beyond": lambda row: row["radius"] >= 0.9999,
+        "all": lambda row: True,
+    }
+    columns = [name + suffix for name in ("pairwise", "geoopt", "Möbius") for suffix in ("", " grad")]
+    return [
+        {"dtype": dtype, "cells": part, "n": len(own)} | {c: max(row[c] for row in own) for c in columns}
+        for dtype in dict.fromkeys(row["dtype"] for row in rows)
+        for part, chosen in parts.items()
+        if (own := [row for row in rows if row["dtype"] == dtype and chosen(row)])
+    ]

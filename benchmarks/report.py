@@ -34,18 +34,22 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+RESULTS = Path(__file__).parent / "results"
+
+
 def write(
-    folder: Path, name: str, device: torch.device, rows: list[dict[str, Any]], figure: Figure | None
+    name: str, device: torch.device, rows: list[dict[str, Any]], figure: Figure | None, folder: Path | None
 ) -> None:
-    """Write ``name.json`` and ``name.png`` into the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment(device), "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    written = f"{name}.json"
+    """Write ``name.json`` and ``name.png`` into the folder, by default where the documentation has them."""
+    files = [(folder or RESULTS) / f"{name}.json"]
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    files[0].write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1) + "\n")
     if figure is not None:
-        figure.savefig(folder / f"{name}.png", dpi=130, bbox_inches="tight")
-        written += f" and {name}.png"
-    Console(stderr=True).print(f"wrote {written} to {folder}", highlight=False)
+        files.append((folder or IMAGES) / f"{name}.png")
+        figure.savefig(files[1], dpi=110, bbox_inches="tight")
+    for file in files:
+        Console(stderr=True).print(f"wrote {file}", highlight=False)
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:

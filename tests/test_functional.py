@@ -223,6 +223,21 @@ def test_any_scale_of_distances_gives_finite_results(scale):
         assert ancestor.item() == closest
 
 
+def test_the_first_arrival_is_at_a_finite_time(monkeypatch):
+    """A uniform number may be 0; without the smallest one in its place, no proxy would ever arrive."""
+    monkeypatch.setattr(functional, "_uniform", lambda like, generator: torch.zeros_like(like))
+    distances = distance_matrix(points(6), points(8, seed=1)).requires_grad_()
+    losses, _ = functional.hierarchical_triplet_loss(distances, torch.tensor(random_triplets(6, 50)).T, margin=9.0)
+    # With zeros every draw is the last proxy of positive weight, so give the two draws different ones.
+    triplets, ancestors = torch.tensor([[0], [1], [2]]), torch.tensor([[3], [5]])
+    grad = torch.zeros_like(distances)
+    functional._add_soft_gradient(
+        grad, distances.detach() * -10, triplets, ancestors, torch.ones(3, 1), None, None
+    )
+    assert losses.isfinite().all()
+    assert grad.isfinite().all()
+
+
 def test_nan_goes_through():
     distances = distance_matrix(points(6), points(8, seed=1))
     distances[0, 3] = math.nan

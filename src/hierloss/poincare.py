@@ -60,7 +60,7 @@ def coincident_eps(dtype: torch.dtype, dim: int) -> float:
 
     It is what rounding can leave behind in `_squared_euclidean` for equal points: the remainders are
     ``2^-grid_bits`` of the coordinates, their ``dim`` products are rounded at the dtype's precision. In
-    float64 this makes points one that are closer than about 1e-11 of their norm.
+    float64, for 128 dimensions, this makes points one that are closer than 2e-10 of the largest coordinate.
     """
     return 4 * dim * torch.finfo(dtype).eps * 2.0 ** -_grid_bits(dtype, dim)
 
@@ -259,7 +259,8 @@ def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtyp
         dtype: dtype of the result; the dtype of the points, and at least float32, if ``None``.
 
     Returns:
-        Distances of shape ``(..., N, M)``. Points closer than about 1e-11 of their norm count as one.
+        Distances of shape ``(..., N, M)``. Points closer than about 1e-10 of the largest coordinate count as
+            one, see `coincident_eps`.
 
     Example:
         >>> x = torch.tensor([[0.5, 0.0], [0.0, 0.0]])
