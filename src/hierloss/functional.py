@@ -23,8 +23,9 @@ __all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_t
 _CHUNK_CELLS = 2**18
 """Cells of a (triplets, proxies) array that are worked on at a time on a CPU, near its cache."""
 
-_CHUNK_CELLS_ACCELERATOR = 2**24
-"""The same on an accelerator, where launching a kernel costs more than leaving the cache."""
+_CHUNK_CELLS_FUSED = 2**24
+"""The same on an accelerator, where launching a kernel costs more than leaving the cache, and for a compiler,
+which fuses what is in a chunk and unrolls the rest."""
 
 
 def reciprocal_triplets(
@@ -214,7 +215,7 @@ def asking_is_free(tensor: Tensor) -> bool:
 
 def _chunks(count: int, distances: Tensor) -> list[slice]:
     """Slices of the triplets, as many at a time as the chunk size allows."""
-    cells = _CHUNK_CELLS if distances.device.type == "cpu" else _CHUNK_CELLS_ACCELERATOR
+    cells = _CHUNK_CELLS if asking_is_free(distances) else _CHUNK_CELLS_FUSED
     size = max(1, cells // max(1, distances.shape[1]))
     return [slice(start, start + size) for start in range(0, max(count, 1), size)]
 
