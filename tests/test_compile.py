@@ -63,6 +63,14 @@ def test_the_loss_itself(with_labels, monkeypatch):
     torch.testing.assert_close(value, loss_func(embeddings, labels))
 
 
+def test_batches_of_other_sizes():
+    torch.manual_seed(0)
+    loss_func = HIERLoss(num_proxies=24, embedding_size=8)
+    compiled = torch.compile(loss_func, backend="aot_eager")
+    for size in (30, 31, 40):
+        assert compiled(torch.randn(size, 8), torch.arange(size) % 5).isfinite()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C compiler")
 def test_inductor():

@@ -311,6 +311,114 @@ def test_equal_labels_come_before_any_distance():
         assert (labels[negatives[mine]] != labels[i]).all()
 
 
+def test_even_triplets_cover_neighbours_and_the_rest_evenly():
+    v = points(20, dim=2)
+    related = reference.reciprocal_neighbors(distance_matrix(v, v), None, 8)
+    _, positives, negatives, valid = functional.reciprocal_triplets(
+        distance_matrix(v, v), num_neighbors=8, triplets_per_anchor=400, random=False
+    )
+    for i in range(20):
+        if valid[i * 400]:
+            pairs = torch.stack([positives, negatives])[:, i * 400 : (i + 1) * 400]
+            for side, size in zip(pairs, (len(related[i]), 19 - len(related[i])), strict=True):
+                counts = side.bincount(minlength=20)
+                assert counts[counts > 0].min() >= 400 // size - 2
+                assert (counts > 0).sum() == size
+            assert len(set(map(tuple, pairs.T.tolist()))) == len(related[i]) * (19 - len(related[i]))
+
+
+def test_collapsed_class_keeps_its_order():
+    """Neighbours of one class at distances of 1e-8 are still told apart."""
+    v = points(30, dim=3) * 1e-9
+    related = reference.reciprocal_neighbors(distance_matrix(v, v) * 1e9, [0] * 30, 5)
+    _, positives, _, valid = functional.reciprocal_triplets(
+        distance_matrix(v, v).float(), torch.zeros(30), num_neighbors=5, triplets_per_anchor=200
+    )
+    for i in range(30):
+        if len(related[i]) >= 2:
+            assert valid[i * 200]
+            assert set(positives[i * 200 : (i + 1) * 200].tolist()) == related[i]
+
+
+def test_default_dtype_and_device_do_not_matter():
+    distances = distance_matrix(points(9), points(7, seed=1)).float()
+    triplets = torch.tensor(random_triplets(9, 50)).T
+
+    def run():
+        torch.manual_seed(0)
+        losses = functional.hierarchical_triplet_loss(distances, triplets).losses
+        square = distances[:7]
+        return losses, *functional.reciprocal_triplets(square, num_neighbors=4, triplets_per_anchor=9)
+
+    expected = run()
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device("meta")
+    try:
+        actual = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_half_precision_distances_are_worked_on_in_float32():
+    distances = distance_matrix(points(9), points(7, seed=1)).half().requires_grad_()
+    noise = gumbel(2, 50, 7).float()
+    triplets = torch.tensor(random_triplets(9, 50)).T
+    losses, _ = functional.hierarchical_triplet_loss(distances, triplets, noise=noise, temperature=1e-6)
+    expected, _ = functional.hierarchical_triplet_loss(distances.float(), triplets, noise=noise, temperature=1e-6)
+    assert torch.equal(losses, expected)
+    losses.sum().backward()
+    assert distances.grad.isfinite().all()
+
+
+def test_expanded_noise_is_not_copied():
+    """Eval mode expands a single zero; its backward pass must not make (2, T, P) of it: 480 MB here."""
+    distances = torch.rand(100, 3000).requires_grad_()
+    triplets = torch.randint(100, (3, 20_000))
+    noise = torch.zeros(()).expand(2, 20_000, 3000)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        functional.hierarchical_triplet_loss(distances, triplets, noise=noise, margin=5.0).losses.sum().backward()
+    assert max(event.self_cpu_memory_usage for event in profile.events()) < 60e6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"distances": torch.rand(3)},
+            r"distances must be a floating point matrix .* got torch.float32 of shape \(3,\)",
+        ),
+        ({"distances": torch.ones(3, 4, dtype=torch.long)}, r"distances must be a floating .* got torch.int64"),
+        ({"distances": torch.rand(0, 4)}, r"distances must be .* of shape \(0, 4\)"),
+        ({"noise": torch.zeros(5, 4)}, r"noise must have shape \(2, 5, 4\), \(2, T, P\), got shape \(5, 4\)"),
+        ({"triplets": torch.zeros(4, 5, dtype=torch.long)}, r"triplets must be three index tensors .* \(4, 5\)"),
+        ({"margin": -1.0}, r"margin must be a finite non-negative number, got -1.0"),
+        ({"temperature": 0.0}, r"temperature must be a finite positive number, got 0.0"),
+    ],
+)
+def test_bad_arguments_of_the_loss(change, message):
+    arguments = {"distances": torch.rand(3, 4), "triplets": torch.zeros(3, 5, dtype=torch.long)} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        functional.hierarchical_triplet_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distances": torch.rand(3, 4)}, r"distances must be a square matrix, got shape \(3, 4\)"),
+        ({"distances": torch.rand(0, 0)}, r"distances must be a square matrix, got shape \(0, 0\)"),
+        ({"labels": torch.zeros(1)}, r"labels must have shape \(5,\), got shape \(1,\)"),
+        ({"num_neighbors": 0}, r"num_neighbors must be at least 2, got 0"),
+        ({"triplets_per_anchor": 0}, r"triplets_per_anchor must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_of_the_miner(change, message):
+    with pytest.raises(ValueError, match=message):
+        functional.reciprocal_triplets(**{"distances": torch.rand(5, 5)} | change)
+
+
 def test_identical_points_are_their_own_neighbours():
     """With all distances 0, ties must not push a point out of its own neighbourhood."""
     anchors, positives, negatives, valid = functional.reciprocal_triplets(torch.zeros(10, 10), num_neighbors=3)

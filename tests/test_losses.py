@@ -81,25 +81,25 @@ def test_fixed_shapes_give_the_same_mean(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(kept, loss_func.proxies)[0], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_eval_mode_takes_the_most_probable_ancestor():
-    """As draws do at a temperature at which they are certain. Not among proxies, where i and j tie for it."""
-    loss_func = small(
-        miner=ReciprocalNeighborMiner(num_neighbors=4, triplets_per_anchor=20),
-        reducer=reducers.DoNothingReducer(),
-    )
+def test_eval_mode_draws_nothing():
+    """The most probable ancestor, evenly spread triplets, and not one random number."""
+    kwargs = {"num_neighbors": 4, "triplets_per_anchor": 20}
+    loss_func = small(miner=ReciprocalNeighborMiner(**kwargs), reducer=reducers.DoNothingReducer()).eval()
     embeddings, labels = batch()
-
-    def sample_losses():
-        return value(loss_func, embeddings, labels)["sample_loss"]["losses"]
-
-    drawn = sample_losses()
-    loss_func.eval()
-    certain = sample_losses()
-    assert not torch.equal(certain, drawn)
-    assert torch.equal(sample_losses(), certain)
-    loss_func.train()
-    loss_func.temperature = 1e-5
-    torch.testing.assert_close(sample_losses(), certain)
+    state = torch.get_rng_state()
+    info = loss_func(embeddings, labels)["sample_loss"]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(
+        loss_func(embeddings, labels)["sample_loss"]["losses"], info["losses"], rtol=0, atol=0
+    )
+    mined = functional.reciprocal_triplets(PoincareDistance()(embeddings).detach(), labels, **kwargs, random=False)
+    triplets = torch.stack(mined[:3])[:, mined[3]]
+    assert torch.equal(torch.stack(info["indices"]), triplets)
+    x, rho = (poincare.exp_map0(poincare.clip_norm(v.double(), 2.3), 0.1) for v in (embeddings, loss_func.proxies))
+    expected, _ = functional.hierarchical_triplet_loss(
+        poincare.pairwise_distance(x, rho, 0.1).float(), triplets, noise=torch.zeros(2, triplets.shape[1], P)
+    )
+    torch.testing.assert_close(info["losses"], expected)
 
 
 def test_same_seed_same_loss():
@@ -130,6 +130,41 @@ def test_start_of_the_proxies():
     loss_func = small(num_proxies=2000, embedding_size=64)
     torch.testing.assert_close(loss_func.proxies.std().item(), 0.9 * 2.3 / 8, rtol=0.02, atol=0)
     torch.testing.assert_close(loss_func.proxies.norm(dim=1).mean().item(), 0.9 * 2.3, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_made_and_first_used_in_inference_mode(sized):
+    """As a sanity check before training does: the proxies must still be trainable."""
+    embeddings, labels = batch()
+    with torch.inference_mode():
+        loss_func = HIERLoss(num_proxies=P, embedding_size=D if sized else None)
+        loss_func(embeddings, labels)
+    restored = HIERLoss(num_proxies=P)
+    with torch.inference_mode():
+        restored.load_state_dict(loss_func.state_dict())
+    for each in (loss_func, restored):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        before = each.proxies.detach().clone()
+        each(embeddings.detach().requires_grad_(), labels).backward()
+        optimizer.step()
+        assert (each.proxies != before).any()
+
+
+def test_an_error_in_the_first_batch_leaves_the_loss_as_it_was():
+    loss_func = HIERLoss(num_proxies=P)
+    embeddings, _ = batch()
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(loss_func)(embeddings.detach().expand(2, B, D))
+    assert loss_func.embedding_size is None
+    assert loss_func(embeddings).isfinite()
+
+
+def test_differentiating_twice_is_refused():
+    loss_func = small()
+    embeddings, labels = batch()
+    (grad,) = torch.autograd.grad(loss_func(embeddings, labels), embeddings, create_graph=True)
+    with pytest.raises(RuntimeError, match="the HIER loss can be differentiated once only"):
+        grad.square().sum().backward()
 
 
 # --- with other losses --------------------------------------------------------------------------------------
@@ -236,6 +271,32 @@ def test_other_miners():
         nothing(embeddings)
 
 
+def test_subclasses_are_not_bypassed():
+    class Miner(ReciprocalNeighborMiner):
+        def mine(self, embeddings, labels, ref_emb, ref_labels):
+            one = torch.zeros(1, dtype=torch.long)
+            return one, one + 1, one + 2
+
+    class Sum(reducers.MeanReducer):
+        def triplet_reduction(self, losses, *_):
+            return losses.sum()
+
+    embeddings, labels = batch()
+    info = value(small(miner=Miner(), reducer=reducers.DoNothingReducer()), embeddings, labels)
+    assert [index.tolist() for index in info["sample_loss"]["indices"]] == [[0], [1], [2]]
+    plain = value(small(reducer=reducers.SumReducer()), embeddings, labels)
+    torch.testing.assert_close(value(small(reducer=Sum()), embeddings, labels), plain)
+
+
+def test_numbers_of_numpy_are_numbers():
+    import numpy as np
+
+    loss_func = HIERLoss(
+        num_proxies=np.int64(5), margin=np.float32(0.5), distance=PoincareDistance(c=np.float64(0.2))
+    )
+    assert loss_func(batch()[0]).isfinite()
+
+
 def test_miner_settings_hold_for_the_proxies():
     embeddings, labels = batch()
     counts = {}
@@ -292,6 +353,20 @@ def test_forgotten_optimizer_is_reported_once():
     ours = [w for w in caught if "proxies of HIERLoss" in str(w.message)]
     assert len(ours) == 1
     assert "torch.optim.Adam([*model.parameters(), *loss_func.parameters()])" in str(ours[0].message)
+    assert ours[0].filename == __file__  # it points at the line of the training loop
+
+
+def test_forgotten_optimizer_is_reported_inside_a_model_that_clears_gradients():
+    model = torch.nn.ModuleDict({"loss": small()})
+    embeddings, labels = batch()
+
+    def train():
+        for _ in range(110):
+            model.zero_grad()
+            model["loss"](embeddings, labels).backward()
+
+    with pytest.warns(UserWarning, match="proxies of HIERLoss did not change in 100 training steps"):
+        train()
 
 
 @pytest.mark.parametrize("through_data", [False, True])
@@ -316,9 +391,13 @@ def test_no_report_without_gradients():
     embeddings, labels = batch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        loss_func(embeddings, labels).backward()
         with torch.no_grad():
             for _ in range(150):
                 loss_func(embeddings, labels)
+        loss_func.eval()
+        for _ in range(150):
+            loss_func(embeddings, labels)
 
 
 # --- state --------------------------------------------------------------------------------------------------
@@ -344,6 +423,14 @@ def test_state_dict_after_the_first_batch(target):
     loss_func(embeddings, labels).backward()
     optimizer.step()
     assert not torch.equal(loss_func.proxies, source.proxies)
+
+
+def test_state_dict_keeps_float64():
+    source = small().double()
+    loss_func = HIERLoss(num_proxies=P)
+    loss_func.load_state_dict(saved(source))
+    assert loss_func.proxies.dtype == torch.float64
+    assert torch.equal(loss_func.proxies, source.proxies)
 
 
 @pytest.mark.parametrize("target", [None, D])
@@ -601,6 +688,7 @@ def test_bad_input(call, message):
             {"distance": PoincareDistance(c=1.0), "miner": ReciprocalNeighborMiner(num_neighbors=5)},
             r"distances of miner and loss must agree, got PoincareDistance\(c=0.1.* and PoincareDistance\(c=1,",
         ),
+        ({"distance": PoincareDistance(power=2)}, "the power of the distance must be 1 for HIERLoss, got 2"),
         ({"unknown": 1}, "unknown"),
     ],
 )

@@ -143,6 +143,37 @@ def test_riemannian_gradient_is_geoopts():
     torch.testing.assert_close(grad, ball.egrad2rgrad(x, upstream))
 
 
+def test_learnable_curvature_at_the_origin():
+    """The gradient of c is finite, and right, when a point is the origin; and nothing on the way is NaN."""
+    v = directions(4, 3)
+    v[0] = 0
+
+    def total(c):
+        x = poincare.exp_map0(poincare.clip_norm(v, 0.5), c)
+        return poincare.pairwise_distance(x, x, c).sum() + poincare.log_map0(x, c).sum()
+
+    for value in (1e-6, 0.1, 1.0):
+        c = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        with torch.autograd.detect_anomaly(check_nan=True):
+            (grad,) = torch.autograd.grad(total(c), c)
+        step = value * 1e-4
+        torch.testing.assert_close(grad, (total(c + step) - total(c - step)) / (2 * step), rtol=1e-4, atol=1e-7)
+
+
+def test_a_bad_row_spoils_its_own_distances_only():
+    x = directions(4, 3) * 0.5
+    x[1, 0] = math.nan
+    matrix = poincare.pairwise_distance(x, x, 1.0)
+    expected = torch.zeros(4, 4, dtype=torch.bool)
+    expected[1, :] = expected[:, 1] = True
+    assert torch.equal(matrix.isnan(), expected)
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
+def test_no_points(n, m):
+    assert poincare.pairwise_distance(torch.rand(n, 3), torch.rand(m, 3), 1.0).shape == (n, m)
+
+
 # --- maps ---------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """Checks of arguments. Every error names the argument, what was expected and what came."""
 
 import math
+import numbers
+from typing import Any
 
 import geoopt
 from torch import Tensor
@@ -8,30 +10,30 @@ from torch import Tensor
 __all__ = ["check_count", "check_curvature", "check_embeddings", "check_labels", "check_number"]
 
 
-def check_number(name: str, value: float, *, positive: bool = True) -> float:
+def check_number(name: str, value: Any, *, positive: bool = True) -> float:
     """Return ``value`` if it is a finite number, greater than 0 or, unless ``positive``, at least 0."""
     kind = "positive" if positive else "non-negative"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a {kind} number, got {value!r} of type {type(value).__name__}")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be a finite {kind} number, got {value}")
     return float(value)
 
 
-def check_count(name: str, value: int, minimum: int = 1) -> int:
+def check_count(name: str, value: Any, minimum: int = 1) -> int:
     """Return ``value`` if it is a whole number of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
+    return int(value)
 
 
-def check_curvature(c: float | geoopt.PoincareBall) -> float | geoopt.PoincareBall:
+def check_curvature(c: Any) -> float | geoopt.PoincareBall:
     """Return ``c`` if it is a positive number or a geoopt ball."""
     if isinstance(c, geoopt.PoincareBall):
         return c
-    if isinstance(c, bool) or not isinstance(c, (int, float)):
+    if isinstance(c, bool) or not isinstance(c, numbers.Real):
         raise TypeError(f"c must be a positive number or a geoopt.PoincareBall, got {type(c).__name__}")
     return check_number("c", c)
 

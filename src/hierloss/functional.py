@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import check_count, check_number
+
 __all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_triplets"]
 
 _CHUNK_CELLS = 2**18
@@ -34,6 +36,7 @@ def reciprocal_triplets(
     *,
     num_neighbors: int = 20,
     triplets_per_anchor: int = 50,
+    random: bool = True,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Draw triplets whose related pair are reciprocal nearest neighbours.
@@ -49,7 +52,11 @@ def reciprocal_triplets(
         labels: class labels of shape ``(N,)``, or ``None``.
         num_neighbors: ``k``; more than ``N`` means ``N``.
         triplets_per_anchor: ``t``.
+        random: ``False`` spreads positives and negatives evenly instead of drawing them.
         generator: source of the random numbers.
+
+    Raises:
+        TypeError, ValueError: distances that are not a square matrix, labels of another length, counts too small.
 
     Returns:
         ``(anchors, positives, negatives, valid)``, each of shape ``(N * t,)``. Where ``valid`` is false the
@@ -62,20 +69,34 @@ def reciprocal_triplets(
         >>> bool(valid.all()), bool((a // 3 == p // 3).all()), bool((a // 3 != n // 3).all())
         (True, True, True)
     """
+    if distances.ndim != 2 or distances.shape[0] != distances.shape[1] or distances.shape[0] == 0:
+        raise ValueError(f"distances must be a square matrix, got shape {tuple(distances.shape)}")
     count = distances.shape[0]
+    if labels is not None and labels.shape != (count,):
+        raise ValueError(f"labels must have shape ({count},), got shape {tuple(labels.shape)}")
+    check_count("num_neighbors", num_neighbors, minimum=2)
+    check_count("triplets_per_anchor", triplets_per_anchor)
     with torch.no_grad():
-        # Smaller is more similar: with equal labels -1 / (1 + d) < 0, else d. The same order as S has, but it
-        # does not underflow; a point is first among its own neighbours.
+        # Smaller is more similar: with equal labels -1 / d < 0, else d. The same order as S has, but it does not
+        # underflow; a point is first among its own neighbours.
         order = distances
         if labels is not None:
-            order = torch.where(labels.unsqueeze(1) == labels, -1 / (1 + distances), distances)
+            tiny = torch.finfo(distances.dtype).tiny
+            order = torch.where(labels.unsqueeze(1) == labels, -1 / (distances + tiny), distances)
         itself = torch.eye(count, dtype=torch.bool, device=distances.device)
-        order = order.masked_fill(itself, -2)
+        order = order.masked_fill(itself, -torch.inf)
         nearest = order.topk(min(num_neighbors, count), largest=False, sorted=False).indices
         neighbors = torch.zeros_like(itself).scatter_(1, nearest, True)
         related = neighbors & neighbors.mT & ~itself
-        positives, num_positives = _choice(related, triplets_per_anchor, generator)
-        negatives, num_negatives = _choice(~(related | itself), triplets_per_anchor, generator)
+        if random:
+            uniform = [_uniform(distances.new_empty(count, triplets_per_anchor), generator) for _ in range(2)]
+        else:  # even, each by itself and both together: the second steps by the golden ratio
+            steps = torch.arange(triplets_per_anchor, device=distances.device) + 0.5
+            uniform = [
+                (steps * step % 1).expand(count, -1) for step in (1 / triplets_per_anchor, 0.5 * 5**0.5 - 0.5)
+            ]
+        positives, num_positives = _choice(related, uniform[0])
+        negatives, num_negatives = _choice(~(related | itself), uniform[1])
         valid = (num_positives >= 2) & (num_negatives >= 1)
         anchors = torch.arange(count, device=distances.device)
     shape = (count, triplets_per_anchor)
@@ -87,11 +108,10 @@ def reciprocal_triplets(
     )
 
 
-def _choice(mask: Tensor, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Draw ``size`` true columns of every row, uniformly with replacement; and how many there are."""
+def _choice(mask: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A true column of each row for every number of [0, 1); and how many there are."""
     cumulative = mask.cumsum(1, dtype=torch.int32)
     number = cumulative[:, -1:]
-    uniform = torch.rand(mask.shape[0], size, device=mask.device, generator=generator)
     rank = (uniform * number).to(torch.int32).clamp_max(number - 1) + 1
     return torch.searchsorted(cumulative, rank).clamp_max(mask.shape[1] - 1), number.squeeze(1)
 
@@ -140,7 +160,12 @@ def hierarchical_triplet_loss(
         generator: source of the random numbers where ``noise`` is not given.
 
     Returns:
-        `HierarchicalTripletLoss` of ``losses`` ``(T,)``, differentiable, and ``ancestors`` ``(2, T)``.
+        `HierarchicalTripletLoss` of ``losses`` ``(T,)``, differentiable once, and ``ancestors`` ``(2, T)``. The
+        backward pass draws noise of its own, so two of them over one graph differ.
+
+    Raises:
+        TypeError, ValueError: distances that are not a floating point matrix, noise of another shape, a margin
+            or temperature that is not a number of the right sign.
 
     Example:
         >>> distances = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 2.0]])  # 3 points, 2 proxies
@@ -152,9 +177,22 @@ def hierarchical_triplet_loss(
     Source: HIER (arXiv 2212.14258), equations 4 to 6; Jang, Gu, Poole, "Categorical Reparameterization with
     Gumbel-Softmax" (2017); Maddison, Tarlow, Minka, "A* Sampling" (2014) for the conditional noise.
     """
-    losses, ancestors = _HierarchicalTripletLoss.apply(
-        distances, torch.stack(tuple(triplets)), margin, temperature, noise, generator
-    )
+    if distances.ndim != 2 or distances.numel() == 0 or not distances.is_floating_point():
+        raise ValueError(
+            "distances must be a floating point matrix of shape (points, proxies), "
+            f"got {distances.dtype} of shape {tuple(distances.shape)}"
+        )
+    check_number("margin", margin, positive=False)
+    check_number("temperature", temperature)
+    indices = torch.stack(tuple(triplets))
+    if indices.ndim != 2 or len(indices) != 3:
+        raise ValueError(f"triplets must be three index tensors of shape (T,), got shape {tuple(indices.shape)}")
+    if noise is not None and noise.shape != (2, indices.shape[1], distances.shape[1]):
+        expected = (2, indices.shape[1], distances.shape[1])
+        raise ValueError(f"noise must have shape {expected}, (2, T, P), got shape {tuple(noise.shape)}")
+    # Half precision has too few digits for weights that are exponentials.
+    distances = distances.to(torch.promote_types(distances.dtype, torch.float32))
+    losses, ancestors = _HierarchicalTripletLoss.apply(distances, indices, margin, temperature, noise, generator)
     return HierarchicalTripletLoss(losses, ancestors)
 
 
@@ -179,17 +217,24 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_losses, _):  # type: ignore[no-untyped-def]
+        with torch.no_grad():
+            grad = _HierarchicalTripletLoss.gradient(ctx, grad_losses)
+        if torch.is_grad_enabled():  # somebody may want to differentiate again
+            grad = _DifferentiableOnce.apply(grad, ctx.saved_tensors[0])
+        return grad, None, None, None, None, None
+
+    @staticmethod
+    def gradient(ctx, grad_losses):  # type: ignore[no-untyped-def]
         distances, triplets, noise, ancestors = ctx.saved_tensors
         # The gradient with respect to d(., rho_ij), for i, j and k; that of d(., rho_ijk) is the opposite.
         inactive = _terms(distances, triplets, ancestors, ctx.margin) <= 0  # false for NaN, which must go on
         slopes = ~inactive * grad_losses
         slopes[2].neg_()
+        kept = torch.arange(slopes.shape[1], device=slopes.device)
         if asking_is_free(slopes):
             kept = slopes.any(0).nonzero().squeeze(1)
             triplets, ancestors, slopes = triplets[:, kept], ancestors[:, kept], slopes[:, kept]
-            noise = None if noise is None else noise[:, kept]
 
         grad = torch.zeros_like(distances)
         cells = (triplets.unsqueeze(1) * distances.shape[1] + ancestors).flatten()
@@ -202,10 +247,29 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
                 triplets[:, here],
                 ancestors[:, here],
                 slopes[:, here],
-                None if noise is None else noise[:, here],
+                None if noise is None else noise[:, kept[here]],
                 ctx.generator,
             )
-        return grad, None, None, None, None, None
+        return grad
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """The identity on a gradient, which says so when it is differentiated itself."""
+
+    @staticmethod
+    def forward(grad, distances):  # type: ignore[no-untyped-def]
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        raise RuntimeError(
+            "the HIER loss can be differentiated once only: its gradient is that of a random draw; leave it out "
+            "of what is differentiated twice, a gradient penalty for instance"
+        )
 
 
 def asking_is_free(tensor: Tensor) -> bool:
@@ -226,7 +290,7 @@ def _terms(distances: Tensor, triplets: Tensor, ancestors: Tensor, margin: float
     near, far = distances.reshape(-1)[cells].unbind(1)
     gap = near - far
     gap[2].neg_()
-    # The zero is NaN if any distance is not finite: draws from such weights mean nothing, and must not look fine.
+    # The zero is NaN if any distance is not finite: draws from such weights mean nothing and must not look fine.
     return (gap + margin) * (ancestors[0] != ancestors[1]) + distances.amax() * 0
 
 
@@ -297,9 +361,12 @@ def _add_soft_gradient(
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform random numbers of [0, 1), shaped like ``like``."""
     if like.dtype != torch.float32 or not asking_is_free(like):
+        if generator is None:  # a compiler takes sizes that it does not know yet only without the argument
+            return torch.rand(like.shape, dtype=like.dtype, device=like.device)
         return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
     # Random numbers are most of what the loss costs on a CPU, and two of 32 bits come cheaper out of one of 64
     # than two of torch.rand. Of each, 24 bits are used, as torch.rand does.
-    wide = torch.empty((like.numel() + 1) // 2, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    wide = torch.empty((like.numel() + 1) // 2, dtype=torch.int64, device=like.device)
+    wide.random_(-(2**63), None, generator=generator)
     bits = wide.view(torch.int32)[: like.numel()].view(like.shape)
     return bits.bitwise_and_(2**24 - 1).to(torch.float32).mul_(2.0**-24)

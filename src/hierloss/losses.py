@@ -14,13 +14,14 @@ from torch import Tensor
 from . import functional, poincare
 from ._checks import check_count, check_embeddings, check_labels, check_number
 from .distances import PoincareDistance
+from .hierarchy import Hierarchy, initial_proxies
 from .miners import ReciprocalNeighborMiner
 
 __all__ = ["HIERLoss"]
 
 _FORGOTTEN_AFTER = 100
-"""Steps with gradients and without an update after which the optimizer is taken to have been forgotten; more
-than anybody accumulates gradients over."""
+"""Training steps without an update after which the optimizer is taken to have been forgotten; more than anybody
+accumulates gradients over."""
 
 
 class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
@@ -41,8 +42,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         + [d(k, \rho_{ijk}) - d(k, \rho_{ij}) + m]_+
 
     or 0 where both are the same proxy. The loss is the mean over the embeddings' triplets (``sample_loss``,
-    reduction type ``triplet``) plus the mean over the proxies' triplets (``proxy_loss``). In eval mode the
-    most probable ancestor is taken instead of a draw.
+    reduction type ``triplet``) plus the mean over the proxies' triplets (``proxy_loss``). In eval mode nothing is
+    drawn: the most probable ancestor is taken, and triplets are spread evenly.
 
     The proxies are parameters of the loss: **give them to the optimizer**,
     ``torch.optim.Adam([*model.parameters(), *loss_func.parameters()])``. Every random number comes from
@@ -55,7 +56,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     Args:
         num_proxies: number of hierarchical proxies ``P``.
         embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. An optimizer
-            built before that batch trains the proxies all the same.
+            built before that batch trains the proxies all the same. Give it where something must know the
+            parameters' sizes before: ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``,
+            ``torch.compile(fullgraph=True)``.
         margin: ``m``.
         temperature: :math:`\tau` of the ancestors' distribution.
         miner: miner of the triplets among embeddings, default `ReciprocalNeighborMiner`; its
@@ -64,8 +67,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         proxy_batch_size: draw the proxies' triplets among this many proxies, drawn anew in every step;
             ``None`` for all. Time and memory of a large ``num_proxies`` come from here. Neighbourhoods among
             fewer proxies are wider ones; ancestors are still chosen from all.
-        **kwargs: PML's options: ``distance`` (a `PoincareDistance`), ``reducer``, ``embedding_regularizer``,
-            ``embedding_reg_weight``, ``collect_stats``.
+        **kwargs: PML's options: ``distance`` (a `PoincareDistance`, of which curvature and way onto the ball are
+            read), ``reducer``, ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
     Attributes:
         proxies: the parameter, tangent vectors at the origin, shape ``(P, D)``.
@@ -105,6 +108,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 f"distance must be a hierloss.PoincareDistance, got {type(self.distance).__name__}; "
                 "the ancestors of HIERLoss are points of the Poincaré ball"
             )
+        if self.distance.power != 1:
+            raise ValueError(f"the power of the distance must be 1 for HIERLoss, got {self.distance.power}")
         self.num_proxies = check_count("num_proxies", num_proxies)
         self.margin = check_number("margin", margin, positive=False)
         self.temperature = check_number("temperature", temperature)
@@ -118,7 +123,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             self._proxy_miner = self.miner
         else:
             self._proxy_miner = ReciprocalNeighborMiner(distance=self.distance)
-        self.proxies = torch.nn.UninitializedParameter()
+        with torch.inference_mode(False):  # in which nothing could be trained that is made now
+            self.proxies = torch.nn.UninitializedParameter()
         self._steps_without_update: int | None = 0
         if embedding_size is not None:
             self._create_proxies(check_count("embedding_size", embedding_size))
@@ -165,7 +171,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 f"embeddings are on {embeddings.device}, but the proxies of HIERLoss on {self.proxies.device}; "
                 f'call loss_func.to("{embeddings.device}") before the optimizer is built'
             )
-        self._watch_optimizer()
+        self._watch_optimizer(embeddings)
         with torch.autocast(embeddings.device.type, enabled=False):
             loss: Tensor = super().forward(embeddings, labels)
         return loss
@@ -185,9 +191,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         )
         sample_triplets, sample_valid = self._mine(embeddings, labels)
         among_proxies = distances[batch_size:, proxy_batch].detach()
-        proxy_triplets, proxy_valid = _drop_invalid(self._proxy_miner.sample(among_proxies))
+        mined = self._proxy_miner.sample(among_proxies, random=self.training)
+        proxy_triplets, proxy_valid = _drop_invalid(mined)
         triplets = torch.cat([sample_triplets, proxy_triplets + batch_size], 1)
-        # In eval mode nothing is drawn: without noise, the most probable ancestor wins.
+        # Nothing is drawn in eval mode. Without noise, the most probable ancestor wins.
         noise = None if self.training else distances.new_zeros(()).expand(2, triplets.shape[1], self.num_proxies)
         losses, drawn = functional.hierarchical_triplet_loss(
             distances,
@@ -215,8 +222,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     def _mine(self, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Triplets among the embeddings, ``(3, T)``, and which of them are valid, ``(T,)``."""
         embeddings = embeddings.detach()
-        if isinstance(self.miner, ReciprocalNeighborMiner):
-            mined = self.miner.sample(self.miner.distance(embeddings), labels)
+        if getattr(type(self.miner), "mine", None) is ReciprocalNeighborMiner.mine:
+            # Fixed shapes, unlike what a PML miner returns, so that the host need not wait for the device.
+            miner = self._proxy_miner
+            mined = miner.sample(miner.distance(embeddings), labels, random=self.training)
             # A mean can leave invalid triplets out by itself; other reducers need the list without them.
             return _drop_invalid(mined, wait=not self._sample_loss_is_averaged())
         if labels is None:
@@ -230,7 +239,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         reducer = self.reducer
         if isinstance(reducer, MultipleReducers):
             reducer = dict(reducer.reducers.items()).get("sample_loss", reducer.default_reducer)
-        return isinstance(reducer, MeanReducer)
+        return type(reducer) is MeanReducer
 
     def _set_stats(self, embeddings: Tensor, losses: Tensor, drawn: Tensor, valid: Tensor) -> None:
         if self.collect_stats:
@@ -242,21 +251,85 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 if self.distance.normalize_embeddings and radius is not None:
                     self.fraction_clipped = float((embeddings.norm(dim=1) >= radius).float().mean())
 
-    # --- proxies --------------------------------------------------------------------------------------------
+    # --- hierarchy ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def init_proxies(self, embeddings: Tensor, generator: torch.Generator | None = None) -> None:
+        """Start the proxies again from data: embeddings, pulled towards the origin by random factors.
+
+        Proxies that start in random directions, as those of the paper do, hardly become ancestors: see
+        `initial_proxies`, which draws the new ones. Call it once, after the first epoch, when embeddings
+        mean something; an optimizer that has the proxies keeps them.
+
+        Args:
+            embeddings: shape ``(N, D)``, as they go into the loss, of some thousand training samples.
+            generator: source of the random numbers; ``None`` is torch's default.
+
+        Raises:
+            TypeError, ValueError: embeddings of another width than the proxies, or not finite.
+
+        Example:
+            >>> loss_func = HIERLoss(num_proxies=64)
+            >>> loss_func.init_proxies(torch.randn(1000, 16))
+            >>> loss_func.proxies.shape
+            torch.Size([64, 16])
+        """
+        check_embeddings("embeddings", embeddings, self.embedding_size)
+        proxies = initial_proxies(embeddings, self.num_proxies, self.distance, generator)
+        if self._is_lazy:
+            self._create_proxies(embeddings.shape[1], embeddings)
+        self.proxies.copy_(proxies)
+
+    def hierarchy(self, embeddings: Tensor, labels: Tensor | None = None, *, per_class: bool = False) -> Hierarchy:
+        """The tree over embeddings whose inner nodes are the proxies of this loss.
+
+        Args:
+            embeddings: shape ``(N, D)``, as they go into the loss; those of a test set make as good a tree.
+            labels: shape ``(N,)``; kept with the leaves.
+            per_class: one leaf for each class instead of each embedding; needs labels.
+
+        Returns:
+            A `Hierarchy`, see `Hierarchy.from_embeddings`.
+
+        Raises:
+            RuntimeError: the loss has seen no batch, so that it has no proxies yet.
+            TypeError, ValueError: embeddings or labels that do not fit, or too many leaves.
+
+        Example:
+            >>> loss_func = HIERLoss(num_proxies=64, embedding_size=16)
+            >>> tree = loss_func.hierarchy(torch.randn(200, 16), torch.arange(200) // 20, per_class=True)
+            >>> tree.num_leaves
+            10
+        """
+        if self.embedding_size is None:
+            raise RuntimeError(
+                "HIERLoss has no proxies before its first batch; train it, or load a state_dict, and then ask "
+                "for the hierarchy"
+            )
+        check_embeddings("embeddings", embeddings, self.embedding_size)
+        return Hierarchy.from_embeddings(embeddings, self.proxies, self.distance, labels, per_class=per_class)
+
+    # --- proxies --------------------------------------------------------------------------------------------
+
     def _create_proxies(self, embedding_size: int, like: Tensor | None = None) -> None:
         """Size the proxies, on the device of ``like``, and start them at random."""
-        self._materialize(embedding_size, like)
         radius = self.distance.clip_radius
         if radius is None:
             radius = float(self.distance.c) ** -0.5  # where the exponential map begins to saturate
-        self.proxies.normal_().mul_(0.9 * radius / math.sqrt(embedding_size))
+        device = self.proxies.data.device if like is None else like.device
+        self._set_proxies(
+            torch.randn(self.num_proxies, embedding_size, device=device)
+            * (0.9 * radius / math.sqrt(embedding_size)),
+            torch.float64 if like is not None and like.dtype == torch.float64 else self.proxies.data.dtype,
+        )
 
-    def _materialize(self, embedding_size: int, like: Tensor | None = None) -> None:
-        dtype = torch.float64 if like is not None and like.dtype == torch.float64 else None
-        device = None if like is None else like.device
-        self.proxies.materialize((self.num_proxies, embedding_size), device=device, dtype=dtype)
+    def _set_proxies(self, values: Tensor, dtype: torch.dtype) -> None:
+        """Give the proxies their size and values; in one step, so that an error leaves them as they were."""
+        # The first batch may come in inference mode: a sanity check before training, for instance.
+        with torch.inference_mode(False), torch.no_grad():
+            data = values.to(dtype, copy=True)
+            self.proxies.materialize(data.shape, device=data.device, dtype=dtype)
+            self.proxies.data = data
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self._is_lazy:  # a tensor without columns says that there is nothing to load yet
@@ -278,29 +351,31 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if saved is not None and saved.shape[1] == 0:
             return
         if saved is not None and self._is_lazy:
-            self._materialize(saved.shape[1])
+            double = saved.dtype == torch.float64
+            dtype = torch.float64 if double else self.proxies.data.dtype
+            self._set_proxies(saved.to(self.proxies.data.device), dtype)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         self._steps_without_update = 0
 
-    def _watch_optimizer(self) -> None:
-        """Warn once if gradients reach the proxies and no optimizer ever moves them."""
-        if self._steps_without_update is None or torch.compiler.is_compiling():
+    def _watch_optimizer(self, embeddings: Tensor) -> None:
+        """Warn once if proxies are used in training and no optimizer ever moves them."""
+        if self._steps_without_update is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         if self._steps_without_update == 0:
             self._start = self.proxies._version, self.proxies.detach().sum()
-        if self.proxies._version != self._start[0]:
+        if self.proxies._version != self._start[0] or not self.proxies.requires_grad:
             self._steps_without_update = None
-        elif self.proxies.grad is not None or self._steps_without_update == 0:
-            self._steps_without_update += 1
+            return
+        self._steps_without_update += self.training and (embeddings.requires_grad or self.proxies.grad is not None)
         if self._steps_without_update == _FORGOTTEN_AFTER:
             self._steps_without_update = None
             # Some optimizers write to .data, which leaves the version as it was.
             if torch.equal(self.proxies.detach().sum(), self._start[1]):
                 warnings.warn(
-                    f"the proxies of HIERLoss got gradients for {_FORGOTTEN_AFTER} steps and never changed: "
-                    "no optimizer has them. Build it with the parameters of both, "
+                    f"the proxies of HIERLoss did not change in {_FORGOTTEN_AFTER} training steps: no optimizer "
+                    "has them. Build it with the parameters of both, "
                     "torch.optim.Adam([*model.parameters(), *loss_func.parameters()])",
-                    stacklevel=2,
+                    stacklevel=5,  # the line that calls the loss
                 )
 
     def extra_repr(self) -> str:

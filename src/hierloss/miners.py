@@ -67,11 +67,14 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
         anchors, positives, negatives, valid = self.sample(self.distance(embeddings), labels)
         return anchors[valid], positives[valid], negatives[valid]
 
-    def sample(self, distances: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def sample(
+        self, distances: Tensor, labels: Tensor | None = None, random: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draw triplets from distances with this miner's settings; see `functional.reciprocal_triplets`."""
         return functional.reciprocal_triplets(
             distances,
             labels,
             num_neighbors=self.num_neighbors,
             triplets_per_anchor=self.triplets_per_anchor,
+            random=random,
         )

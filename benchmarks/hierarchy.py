@@ -1,0 +1,178 @@
+"""Is the hidden hierarchy discovered? Purity of the learned tree, beside that of other trees.
+
+    python benchmarks/hierarchy.py --data ../shared/data
+
+Models are trained on flat class labels; the trees are over classes, and are scored by dendrogram purity
+against superclasses that training never saw. Data: a random tree of 3 levels (4 x 3 x 3 classes, see
+tests/trees.py), and, with ``--data``, TREC questions (50 classes in 6 superclasses; Li and Roth 2002, as
+embedded by all-MiniLM-L6-v2) from ``trec_questions.npz``. Three models for each seed, from the same initial
+weights and batches: without HIER (its proxies are drawn from the data after training), with HIER and proxies
+started in random directions, and with HIER and proxies started at data (`initial_proxies`).
+
+Trees: LCA linkage is `Hierarchy`; "nearest proxy" joins classes that have the same nearest proxy, and these
+groups by average linkage of their proxies; average and Ward linkage are of the class means of the same
+embeddings. The table holds the mean over the seeds with its 95% confidence interval.
+"""
+
+import argparse
+import platform
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytorch_metric_learning
+import torch
+from pytorch_metric_learning import losses
+from scipy.cluster.hierarchy import linkage
+from scipy.stats import t as student
+from torch import Tensor
+from tqdm import tqdm
+
+import hierloss
+from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner, poincare
+from hierloss.hierarchy import Hierarchy, initial_proxies
+from hierloss.metrics import dendrogram_purity
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from trees import sample_tree
+
+STARTS = ("no HIER", "random start", "data start")
+SUBSET = 1000
+"""Samples that proxies are started from."""
+
+
+def load_trec(folder: Path) -> tuple[Tensor, Tensor]:
+    """Features and labels (fine, coarse) of the TREC questions."""
+    with np.load(folder / "trec_questions.npz", allow_pickle=True) as file:
+        features, names = torch.from_numpy(file["embeddings"].astype(np.float32)), file["label"]
+    fine = np.unique(names, return_inverse=True)[1]
+    coarse = np.unique([name.split(":")[0] for name in names], return_inverse=True)[1]
+    return features, torch.from_numpy(np.stack([fine, coarse], 1))
+
+
+def train(
+    features: Tensor, labels: Tensor, start: str, seed: int, options: argparse.Namespace
+) -> tuple[Tensor, Tensor, PoincareDistance]:
+    """Train on flat labels. Returns all embeddings, the proxies, and the distance."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.nn.Linear(128, options.dim)
+    torch.nn.init.orthogonal_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    norm = torch.nn.LayerNorm(128, elementwise_affine=False)  # as in the paper; norms end at the clip radius
+    model = torch.nn.Sequential(torch.nn.Linear(features.shape[1], 128), torch.nn.ReLU(), norm, head)
+    base = losses.ProxyAnchorLoss(int(labels.max()) + 1, options.dim)
+    miner = ReciprocalNeighborMiner(triplets_per_anchor=options.triplets)
+    hier = HIERLoss(options.proxies, options.dim, miner=miner)
+
+    def start_from_data() -> None:
+        with torch.no_grad():
+            subset = features[torch.randperm(len(features), generator=generator)[:SUBSET]]
+            hier.proxies.copy_(initial_proxies(model(subset), options.proxies, hier.distance, generator))
+
+    if start == "data start":
+        start_from_data()
+    optimizer = torch.optim.Adam(
+        [
+            {"params": model.parameters(), "lr": options.lr},
+            {"params": [*base.parameters(), *hier.parameters()], "lr": options.lr_proxies},
+        ]
+    )
+    batches = torch.Generator().manual_seed(seed)
+    for _ in range(options.steps):
+        rows = torch.randint(len(features), (90,), generator=batches)
+        embeddings = model(features[rows])
+        loss = base(embeddings, labels[rows])
+        if start != "no HIER":
+            loss = loss + options.weight * hier(embeddings, labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if start == "no HIER":
+        start_from_data()
+    with torch.no_grad():
+        return model(features), hier.proxies.detach(), hier.distance
+
+
+def trees(embeddings: Tensor, proxies: Tensor, distance: PoincareDistance, labels: Tensor, seed: int):
+    """All trees over the classes, by name."""
+    classes = int(labels.max()) + 1
+    clipped = poincare.clip_norm(embeddings, distance.clip_radius)
+    means = torch.stack([clipped[labels == k].mean(0) for k in range(classes)])
+    chance = torch.Generator().manual_seed(seed)
+    nearest = distance(means, proxies).argmin(1)
+    return {
+        "LCA linkage": Hierarchy.from_embeddings(embeddings, proxies, distance, labels, per_class=True),
+        "nearest proxy": Hierarchy.from_linkage(linkage(proxies[nearest].double().numpy(), "average")),
+        "average linkage": Hierarchy.from_linkage(linkage(means.double().numpy(), "average")),
+        "Ward linkage": Hierarchy.from_linkage(linkage(means.double().numpy(), "ward")),
+        "random tree": Hierarchy.from_distances(torch.rand(classes, 64, generator=chance)),
+    }
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half-width of its 95% confidence interval."""
+    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):.3f} ± {half:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, help="folder with trec_questions.npz; without it, synthetic data only"
+    )
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--proxies", type=int, default=256)
+    parser.add_argument("--triplets", type=int, default=10, help="triplets per anchor")
+    parser.add_argument("--dim", type=int, default=32)
+    parser.add_argument("--weight", type=float, default=1.0, help="of HIER")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of the network")
+    parser.add_argument("--lr-proxies", type=float, default=1e-2, help="of class proxies and hierarchical proxies")
+    options = parser.parse_args()
+
+    names = ["synthetic"] + (["TREC"] if options.data else [])
+    scores: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
+    began = time.perf_counter()
+    for name, seed in tqdm([(name, seed) for name in names for seed in range(options.seeds)], unit="seed"):
+        if name == "TREC":
+            features, taxonomy = load_trec(options.data)
+        else:
+            features, taxonomy = sample_tree(torch.Generator().manual_seed(seed))
+        labels = taxonomy[:, 0]
+        upper = torch.stack([taxonomy[labels == k][0, 1:] for k in range(int(labels.max()) + 1)])
+        for start in STARTS:
+            embeddings, proxies, distance = train(features, labels, start, seed, options)
+            for kind, tree in trees(embeddings, proxies, distance, labels, seed).items():
+                for level, of_level in enumerate(upper.T, 1):
+                    scores[name, f"level {level}", kind, start].append(dendrogram_purity(tree, of_level))
+
+    print(f"\nDendrogram purity, {options.seeds} seeds, mean ± 95% interval")
+    print(f"{vars(options)}")
+    for name in names:
+        for level in sorted({key[1] for key in scores if key[0] == name}):
+            print(f"\n{name}, {level} above the classes\n\n| tree | " + " | ".join(STARTS) + " |")
+            print("| --- " * (1 + len(STARTS)) + "|")
+            for kind in dict.fromkeys(key[2] for key in scores):
+                cells = [interval(scores[name, level, kind, start]) for start in STARTS]
+                print(f"| {kind} | " + " | ".join(cells) + " |")
+            ours = np.array(scores[name, level, "LCA linkage", "data start"])
+            for kind, start in [
+                ("LCA linkage", "random start"),
+                ("LCA linkage", "no HIER"),
+                ("average linkage", "data start"),
+                ("Ward linkage", "data start"),
+            ]:
+                difference = interval(list(ours - np.array(scores[name, level, kind, start])))
+                print(f"paired, LCA linkage with data start less {kind}, {start}: {difference}")
+    print(
+        f"\n{time.perf_counter() - began:.0f} s on {platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads; torch {torch.__version__}, "
+        f"pytorch-metric-learning {pytorch_metric_learning.__version__}, hierloss {hierloss.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Train HIER on handwritten digits, and look at the hierarchy it finds among digits never seen.
+
+A small network learns from scikit-learn's digits 0 to 4. The tree over images of the digits 5 to 9 is then built
+from the learned proxies, scored by how well its subtrees separate the digits, beside trees of the same embeddings
+by other methods, and written as a picture and as a page to pan, zoom, hover over and fold.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from pytorch_metric_learning import losses
+from rich.console import Console
+from rich.table import Table
+from scipy.cluster.hierarchy import linkage
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hierloss import Hierarchy, HIERLoss
+from hierloss.metrics import ami_per_level, dendrogram_purity
+
+EMBEDDING_SIZE = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=300, help="number of images in the tree")
+    parser.add_argument("--output", type=Path, default=Path("hierarchy"), help="folder for pictures and page")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+
+    data, targets = load_digits(return_X_y=True)
+    images = torch.from_numpy(data).float().view(-1, 1, 8, 8) / 16
+    digits = torch.from_numpy(targets)
+    seen = digits < 5
+    model, hier = train(images[seen], digits[seen], args.epochs)
+
+    chosen = (~seen).nonzero().squeeze(1)[torch.randperm(int((~seen).sum()))[: args.samples]]
+    with torch.no_grad():
+        embeddings = model.eval()(images[chosen])
+    labels = digits[chosen]
+    tree = hier.hierarchy(embeddings, labels)
+
+    points = embeddings.numpy()
+    random_proxies = hier.proxies.detach()[:, torch.randperm(EMBEDDING_SIZE)]
+    trees = {
+        "HIER, learned proxies": tree,
+        "HIER, proxies with coordinates shuffled": Hierarchy.from_embeddings(
+            embeddings, random_proxies, hier.distance
+        ),
+        "average linkage of the embeddings": Hierarchy.from_linkage(linkage(points, "average")),
+        "Ward linkage of the embeddings": Hierarchy.from_linkage(linkage(points, "ward")),
+    }
+    table = Table(
+        "tree", "dendrogram purity", "AMI of 5 groups", title=f"{len(labels)} images of digits never seen"
+    )
+    for name, other in trees.items():
+        table.add_row(
+            name, f"{dendrogram_purity(other, labels):.3f}", f"{ami_per_level(other, labels[:, None])[0]:.3f}"
+        )
+    Console().print(table)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    pictures = np.repeat(np.repeat(1 - images[chosen].squeeze(1).numpy(), 4, 1), 4, 2)
+    names = {digit: f"digit {digit}" for digit in range(5, 10)}
+    for kind in ("disk", "dendrogram"):
+        axes = tree.plot(kind, labels=labels, class_names=names, images=pictures)
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.savefig(args.output / f"{kind}.png", dpi=110, bbox_inches="tight")
+    tree.to_html(args.output / "hierarchy.html", labels=labels, class_names=names, images=pictures)
+    print(f"Wrote disk.png, dendrogram.png and hierarchy.html to {args.output}")
+
+
+def train(images: Tensor, labels: Tensor, epochs: int) -> tuple[nn.Module, HIERLoss]:
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten()),
+        nn.Linear(64 * 16, EMBEDDING_SIZE),
+    )
+    hier = HIERLoss(num_proxies=128, embedding_size=EMBEDDING_SIZE)
+    loss_func = losses.MultipleLosses([losses.MultiSimilarityLoss(), hier], weights=[1, 0.5])
+    optimizer = torch.optim.AdamW(
+        [{"params": model.parameters(), "lr": 1e-3}, {"params": loss_func.parameters(), "lr": 1e-2}]
+    )
+    for epoch in tqdm(range(epochs), unit="epoch"):
+        model.train()
+        for batch in torch.randperm(len(labels)).split(90):
+            optimizer.zero_grad()
+            loss_func(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+        if epoch == 0:  # embeddings mean something now: start the proxies from them
+            with torch.no_grad():
+                hier.init_proxies(model.eval()(images))
+    return model, hier
+
+
+if __name__ == "__main__":
+    main()

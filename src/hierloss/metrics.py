@@ -1,0 +1,363 @@
+r"""How good a hierarchy, or a ranking, is against a known taxonomy.
+
+Conventions of this file
+    - A tree is a `Hierarchy` or a SciPy linkage matrix; its ``N`` leaves are in the order of the labels.
+    - ``labels`` has shape ``(N,)``. A taxonomy is a matrix ``(N, L)`` with one column for each level, **from
+      fine to coarse**; two samples with equal fine labels are taken to agree on the coarser levels as well.
+    - Labels and matrices are tensors or arrays; results are Python numbers, and larger is better except for
+      `dasgupta_cost` and `delta_hyperbolicity`.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import adjusted_mutual_info_score
+from torch import Tensor
+
+from ._checks import check_count, check_number
+from .hierarchy import Hierarchy
+
+__all__ = [
+    "ami_per_level",
+    "dasgupta_cost",
+    "delta_hyperbolicity",
+    "dendrogram_purity",
+    "hierarchical_average_precision",
+    "hierarchical_recall_at_k",
+]
+
+_CHUNK_CELLS = 2**22
+"""Cells of a matrix that are worked on at a time: 32 MB in float64."""
+
+
+# --- trees --------------------------------------------------------------------------------------------------
+
+
+def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
+    r"""How pure the subtrees are that join leaves of the same class.
+
+    .. math:: \mathrm{DP} = \frac{1}{|W|} \sum_{(i, j) \in W}
+        \frac{|\mathrm{lvs}(\mathrm{lca}(i, j)) \cap C(i)|}{|\mathrm{lvs}(\mathrm{lca}(i, j))|}
+
+    over all pairs ``W`` of leaves of one class: 1 if and only if every class is a subtree. Exact, also for
+    nodes with many children, in time and memory ``O(N * classes)`` at most. Merges of a linkage matrix at the
+    same height, one below the other, count as one node.
+
+    Args:
+        tree: over ``N`` leaves.
+        labels: shape ``(N,)``.
+
+    Returns:
+        A number in (0, 1].
+
+    Raises:
+        ValueError: the labels do not fit the tree, or no two leaves have the same one.
+
+    Example:
+        >>> tree = Hierarchy([3, 3, 4, 4, -1], [0, 0, 0, 1, 2], [0, 0, 0, 0, 1])
+        >>> dendrogram_purity(tree, [1, 2, 1])
+        0.6666666666666666
+
+    Source: Heller, Ghahramani, "Bayesian Hierarchical Clustering" (ICML 2005), section 5, as an exact mean
+    over all pairs as in Monath et al., "Gradient-based Hierarchical Clustering" (KDD 2019).
+    """
+    tree = _tree(tree)
+    classes, index = np.unique(_vector("labels", labels, tree.num_leaves), return_inverse=True)
+    starts, stops = tree._spans.T
+    total, pairs = 0.0, 0
+    for chunk in np.array_split(np.arange(len(classes)), math.ceil(len(classes) * len(starts) / _CHUNK_CELLS)):
+        member = index[tree.leaf_order, None] == chunk
+        running = np.vstack([np.zeros((1, len(chunk)), np.int64), np.cumsum(member, 0)])
+        counts = running[stops] - running[starts]
+        met = counts * (counts - 1) // 2
+        np.subtract.at(met, tree.parents[:-1], met[:-1].copy())  # pairs that meet at the node, not below it
+        total += float((met * (counts / tree.sizes[:, None])).sum())
+        pairs += int(met.sum())
+    if pairs == 0:
+        raise ValueError("labels must give some class two leaves or more, got a different label for each leaf")
+    return total / pairs
+
+
+def dasgupta_cost(tree: Hierarchy | np.ndarray, similarity: Any) -> float:
+    r"""Dasgupta's cost: similar leaves should meet in small subtrees. Smaller is better.
+
+    .. math:: \mathrm{cost} = \sum_{i < j} w_{ij}\,|\mathrm{lvs}(\mathrm{lca}(i, j))|
+
+    Args:
+        tree: over ``N`` leaves.
+        similarity: ``w``, symmetric, non-negative, shape ``(N, N)``; the diagonal is not used. For
+            embeddings, for instance ``torch.exp(-distance(embeddings))``.
+
+    Returns:
+        The cost, in the units of the similarity.
+
+    Raises:
+        ValueError: the matrix does not fit the tree, is negative somewhere, or not symmetric.
+
+    Example:
+        >>> tree = Hierarchy([3, 3, 4, 4, -1], [0, 0, 0, 1, 2], [0, 0, 0, 0, 1])
+        >>> dasgupta_cost(tree, [[0, 1, 2], [1, 0, 3], [2, 3, 0]])
+        17.0
+
+    Source: Dasgupta, "A cost function for similarity-based hierarchical clustering" (STOC 2016).
+    """
+    tree = _tree(tree)
+    matrix = _array(similarity).astype(np.float64)
+    if matrix.shape != (tree.num_leaves, tree.num_leaves):
+        raise ValueError(f"similarity must have shape ({tree.num_leaves}, {tree.num_leaves}), got {matrix.shape}")
+    if not (matrix >= 0).all() or not np.allclose(matrix, matrix.T, rtol=1e-4):
+        raise ValueError("similarity must be symmetric and non-negative, got other values, or NaN")
+    starts, stops = tree._spans.T
+    order = tree.leaf_order
+    # Running sums along both axes give the sum of any block of leaves that stand side by side.
+    running = np.zeros((len(order) + 1, len(order) + 1))
+    running[1:, 1:] = np.triu(matrix[np.ix_(order, order)], 1).cumsum(0).cumsum(1)
+    within = running[stops, stops] - running[starts, stops] - running[stops, starts] + running[starts, starts]
+    np.subtract.at(within, tree.parents[:-1], within[:-1].copy())
+    return float((within * tree.sizes).sum())
+
+
+def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
+    """Agreement of the tree, cut into as many groups as a level has, with that level.
+
+    The score is the mutual information adjusted for chance: 1 for the same groups, about 0 for random ones.
+
+    Args:
+        tree: over ``N`` leaves.
+        taxonomy: shape ``(N, L)``, from fine to coarse.
+
+    Returns:
+        One score for each level.
+
+    Raises:
+        ValueError: the taxonomy does not fit the tree.
+
+    Example:
+        >>> tree = Hierarchy([4, 4, 5, 5, 6, 6, -1], [0, 0, 0, 0, 1, 2, 3], [0] * 7)
+        >>> ami_per_level(tree, [[0, 7], [0, 7], [1, 7], [2, 7]])
+        [1.0, 1.0]
+
+    Source: Vinh, Epps, Bailey, "Information theoretic measures for clusterings comparison" (JMLR 2010), by
+    ``sklearn.metrics.adjusted_mutual_info_score``.
+    """
+    tree = _tree(tree)
+    levels = _taxonomy(taxonomy, tree.num_leaves)
+    return [float(adjusted_mutual_info_score(level, tree.cut(int(level.max()) + 1))) for level in levels.T]
+
+
+# --- rankings -----------------------------------------------------------------------------------------------
+
+
+def hierarchical_recall_at_k(distances: Any, taxonomy: Any, k: int = 1) -> list[float]:
+    """Recall@k at each level of a taxonomy, among the samples themselves.
+
+    The share of the samples of which at least one of the ``k`` nearest others has the same label at that
+    level. Samples that are alone in their class at a level do not count for it. Equal distances rank in the
+    order of the samples.
+
+    Args:
+        distances: of all pairs, shape ``(N, N)``; the diagonal is not used.
+        taxonomy: shape ``(N, L)``, from fine to coarse.
+        k: number of neighbours.
+
+    Returns:
+        One share for each level; NaN for a level where all are alone.
+
+    Raises:
+        TypeError, ValueError: the shapes do not fit; ``k`` is not a whole number from 1 to ``N - 1``.
+
+    Example:
+        >>> distances = torch.tensor([[0.0], [1.0], [2.5], [3.0]])
+        >>> hierarchical_recall_at_k(torch.cdist(distances, distances), [[0, 7], [1, 7], [1, 7], [0, 7]])
+        [0.0, 1.0]
+
+    Source: Jégou, Douze, Schmid, "Product Quantization for Nearest Neighbor Search" (PAMI 2011) for
+    recall@k as metric learning uses it, applied to each level.
+    """
+    matrix = _square(distances)
+    levels = _taxonomy(taxonomy, len(matrix))
+    if check_count("k", k) >= len(matrix):
+        raise ValueError(f"k must be at most {len(matrix) - 1}, the other samples, got {k}")
+    hits = []
+    for rows, order in _rankings(matrix):
+        hits.append((levels[order[:, :k]] == levels[rows, None]).any(1))
+    found = np.concatenate(hits)
+    shares = []
+    for level, hit in zip(levels.T, found.T, strict=True):
+        counted = np.bincount(level)[level] > 1
+        shares.append(float(hit[counted].mean()) if counted.any() else math.nan)
+    return shares
+
+
+def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float = 1.0) -> float:
+    r"""H-AP: average precision in which a coarse match counts for something, averaged over all queries.
+
+    For a query, let :math:`\Omega^{(l)}` be the samples that share exactly ``l`` of its ``L`` levels, and
+    :math:`\mathrm{rel}(k) = (l / L)^\alpha / |\Omega^{(l)}|` for :math:`k \in \Omega^{(l)}`, but 0 for
+    ``l = 0``. Then
+
+    .. math:: \text{H-AP} = \frac{1}{\sum_k \mathrm{rel}(k)} \sum_{k: \mathrm{rel}(k) > 0}
+        \frac{\sum_{j: \mathrm{rank}(j) \le \mathrm{rank}(k)} \min(\mathrm{rel}(j), \mathrm{rel}(k))}
+        {\mathrm{rank}(k)}
+
+    Every other sample is ranked, the query itself left out; equal distances rank in the order of the samples.
+    Queries with nothing relevant do not count. With one level, this is the mean average precision.
+
+    Args:
+        distances: of all pairs, shape ``(N, N)``; the diagonal is not used.
+        taxonomy: shape ``(N, L)``, from fine to coarse.
+        alpha: how much the finer levels count more; 0 gives all levels the same sum of relevances.
+
+    Returns:
+        A number in [0, 1], 1 if all rankings go from fine matches to coarse ones.
+
+    Raises:
+        TypeError, ValueError: the shapes do not fit; ``alpha`` is negative; no query has anything relevant.
+
+    Example:
+        >>> points = torch.tensor([[0.0], [1.0], [5.0], [6.5]])
+        >>> hierarchical_average_precision(torch.cdist(points, points), [[0, 0], [0, 0], [1, 0], [1, 0]])
+        1.0
+
+    Source: Ramzi, Audebert, Thome, Rambour, Bitot, "Hierarchical Average Precision Training for Pertinent
+    Image Retrieval" (ECCV 2022), section 3.1, with the relevances of its experiments.
+    """
+    matrix = _square(distances)
+    levels = _taxonomy(taxonomy, len(matrix))
+    alpha = check_number("alpha", alpha, positive=False)
+    depth = levels.shape[1]
+    weights = (np.arange(depth + 1) / depth) ** alpha
+    weights[0] = 0
+    scores = []
+    for rows, order in _rankings(matrix):
+        shared = (levels[order] == levels[rows, None]).sum(2)
+        per_level = np.stack([(shared == level).sum(1) for level in range(depth + 1)], 1)
+        relevance = np.take_along_axis(weights / np.maximum(per_level, 1), shared, 1)
+        # min(rel(j), rel(k)) depends on the two levels alone: sum over j, level by level
+        gained = np.zeros_like(relevance)
+        for level in range(1, depth + 1):
+            of_level = weights[level] / np.maximum(per_level[:, level, None], 1)
+            gained += np.minimum(of_level, relevance) * (shared == level).cumsum(1)
+        total = relevance.sum(1)
+        precision = gained / np.arange(1, order.shape[1] + 1) * (relevance > 0)
+        scores.append(precision.sum(1)[total > 0] / total[total > 0])
+    found = np.concatenate(scores)
+    if not len(found):
+        raise ValueError("taxonomy must give some sample another of its class, got none with anything relevant")
+    return float(found.mean())
+
+
+# --- geometry -----------------------------------------------------------------------------------------------
+
+
+def delta_hyperbolicity(
+    distances: Any,
+    *,
+    relative: bool = True,
+    max_samples: int = 1500,
+    generator: torch.Generator | None = None,
+) -> float:
+    r"""Gromov's delta: how far distances are from those of a tree. 0 for a tree; smaller is more tree-like.
+
+    With the Gromov product :math:`(x|y) = \frac12 (d(x, w) + d(y, w) - d(x, y))` about the base point ``w``,
+    the first sample,
+
+    .. math:: \delta = \max_{x, y, z} \min\{(x|z), (z|y)\} - (x|y),
+
+    by a matrix product in which sum and product are replaced by max and min. Another base point changes delta
+    by a factor of 2 at most. The relative value is :math:`2\delta / \mathrm{diameter}`, in [0, 1].
+
+    Args:
+        distances: of all pairs, shape ``(N, N)``, a metric.
+        relative: ``True`` for the relative value, ``False`` for delta in the units of the distances.
+        max_samples: if there are more samples, as many are drawn at random; time grows with the cube.
+        generator: draws them; needed if there are more samples.
+
+    Returns:
+        The value. 0 where all distances are 0.
+
+    Raises:
+        TypeError, ValueError: the matrix is not square or not finite; more samples than ``max_samples`` and
+            no generator.
+
+    Example:
+        >>> square = torch.tensor([[0.0, 1, 2, 1], [1, 0, 1, 2], [2, 1, 0, 1], [1, 2, 1, 0]])
+        >>> delta_hyperbolicity(square, relative=False), delta_hyperbolicity(square)
+        (1.0, 1.0)
+
+    Source: Fournier, Ismail, Vigneron, "Computing the Gromov hyperbolicity of a discrete metric space" (2015)
+    for the product; Khrulkov et al., "Hyperbolic Image Embeddings" (CVPR 2020) for the relative value.
+    """
+    matrix = torch.from_numpy(_square(distances))
+    if len(matrix) > check_count("max_samples", max_samples, minimum=2):
+        if generator is None:
+            raise ValueError(
+                f"generator must be given for {len(matrix)} samples, of which max_samples={max_samples} are "
+                "drawn; pass torch.Generator().manual_seed(0), or a larger max_samples"
+            )
+        chosen = torch.randperm(len(matrix), generator=generator, device=generator.device)[:max_samples].cpu()
+        matrix = matrix[chosen][:, chosen]
+    diameter = float(matrix.max())
+    if diameter == 0:
+        return 0.0
+    products = (matrix[:, :1] + matrix[:1] - matrix) / 2
+    delta = 0.0
+    for row in products:
+        delta = max(delta, float((torch.minimum(row, products).amax(1) - row).max()))
+    return 2 * delta / diameter if relative else delta
+
+
+# --- checks -------------------------------------------------------------------------------------------------
+
+
+def _tree(tree: Hierarchy | np.ndarray) -> Hierarchy:
+    """The tree, of a linkage matrix if that is what came."""
+    return tree if isinstance(tree, Hierarchy) else Hierarchy.from_linkage(tree)
+
+
+def _array(values: Any) -> np.ndarray:
+    """Tensor, array or lists as an array."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _vector(name: str, values: Any, count: int) -> np.ndarray:
+    """An array of shape ``(count,)``."""
+    array = _array(values)
+    if array.shape != (count,):
+        raise ValueError(f"{name} must have shape ({count},), one for each leaf, got shape {array.shape}")
+    return array
+
+
+def _taxonomy(values: Any, count: int) -> np.ndarray:
+    """The taxonomy, the labels of each level numbered from 0."""
+    array = _array(values)
+    if array.ndim != 2 or array.shape[0] != count or array.shape[1] == 0:
+        raise ValueError(
+            f"taxonomy must have shape ({count}, L), a column for each level from fine to coarse, "
+            f"got shape {array.shape}"
+        )
+    return np.stack([np.unique(level, return_inverse=True)[1] for level in array.T], 1)
+
+
+def _square(distances: Any) -> np.ndarray:
+    """A finite square matrix in float64."""
+    matrix = _array(distances).astype(np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
+        raise ValueError(
+            f"distances must be of all pairs of 2 samples or more, shape (N, N), got shape {matrix.shape}"
+        )
+    if not np.isfinite(matrix).all():
+        raise ValueError("distances must be finite, got NaN or infinity")
+    return matrix
+
+
+def _rankings(matrix: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Some rows, and the other samples in order of their distance from each of them."""
+    count = len(matrix)
+    for rows in np.array_split(np.arange(count), math.ceil(count * count / _CHUNK_CELLS)):
+        distances = matrix[rows]
+        distances[np.arange(len(rows)), rows] = np.inf
+        yield rows, np.argsort(distances, 1, kind="stable")[:, :-1]

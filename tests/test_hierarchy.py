@@ -1,0 +1,456 @@
+"""The tree: against a brute-force transcription, and read back by independent readers."""
+
+import io
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from pytorch_metric_learning import losses
+from scipy.cluster.hierarchy import cophenet, dendrogram, linkage
+from trees import sample_tree
+
+from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner
+from hierloss.hierarchy import Hierarchy, initial_proxies
+from hierloss.metrics import dendrogram_purity
+
+# --- brute force --------------------------------------------------------------------------------------------
+
+
+def greedy(distances):
+    """LCA linkage, word by word: all pairs of clusters, all proxies. Returns [(leaf set, height, proxy)]."""
+    clusters = [frozenset([i]) for i in range(len(distances))]
+    merges = []
+    while len(clusters) > 1:
+        candidates = [
+            (max(distances[i][p] for i in a | b), p, a, b)
+            for a, b in itertools.combinations(clusters, 2)
+            for p in range(len(distances[0]))
+        ]
+        height, proxy, a, b = min(candidates, key=lambda candidate: candidate[:2])
+        clusters = [c for c in clusters if c not in (a, b)] + [a | b]
+        merges.append((a | b, height, proxy))
+    return merges
+
+
+def random_distances(leaves, proxies, seed, ties=False):
+    generator = torch.Generator().manual_seed(seed)
+    if ties:
+        return torch.randint(1, 6, (leaves, proxies), generator=generator).float()
+    points = torch.randn(leaves, 3, generator=generator)
+    centers = torch.randn(proxies, 3, generator=generator)
+    return PoincareDistance()(points, centers)
+
+
+def as_sets(tree):
+    return {
+        (frozenset(tree.leaves(node).tolist()), float(tree.heights[node]), int(tree.proxies[node]))
+        for node in range(tree.num_leaves, tree.num_nodes)
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equals_brute_force(seed):
+    leaves, proxies = 3 + seed, 2 + seed % 7
+    distances = random_distances(leaves, proxies, seed)
+    assert as_sets(Hierarchy.from_distances(distances)) == set(greedy(distances.tolist()))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ties_have_heights_of_brute_force(seed):
+    # Which of the tied pairs goes first is a convention, but every node is a set at its own height.
+    distances = random_distances(12, 4, seed, ties=True)
+    tree = Hierarchy.from_distances(distances)
+    for node in range(tree.num_leaves, tree.num_nodes):
+        farthest = distances[tree.leaves(node)].amax(0)
+        assert farthest.min() == tree.heights[node] == farthest[tree.proxies[node]]
+    for a, b in itertools.combinations(range(12), 2):
+        pair = torch.maximum(distances[a], distances[b]).min()
+        assert tree.heights[tree.lowest_common_ancestor([a, b])] >= pair
+    assert tree.heights[tree.num_leaves] == min(height for _, height, _ in greedy(distances.tolist()))
+    assert tree == Hierarchy.from_distances(distances)
+
+
+def test_clusters_that_meet_at_once_share_a_node():
+    distances = torch.tensor([[1.0, 9.0], [1.0, 9.0], [1.0, 9.0], [7.0, 3.0], [7.0, 3.0]])
+    tree = Hierarchy.from_distances(distances)
+    assert as_sets(tree) == {
+        (frozenset({0, 1, 2}), 1.0, 0),
+        (frozenset({3, 4}), 3.0, 1),
+        (frozenset(range(5)), 7.0, 0),
+    }
+    assert tree.children(5) == (0, 1, 2)
+    assert tree.to_linkage()[:2, 2].tolist() == [1.0, 1.0]
+    # The same height below another proxy is another node.
+    tree = Hierarchy.from_distances(torch.tensor([[3.0, 3.0], [3.0, 3.0], [9.0, 3.0]]))
+    assert as_sets(tree) == {(frozenset({0, 1}), 3.0, 0), (frozenset({0, 1, 2}), 3.0, 1)}
+
+
+def test_class_leaf_is_at_the_mean_distance_of_its_samples():
+    distances = random_distances(40, 6, 0)
+    labels = torch.arange(40) % 5 * 10
+    tree = Hierarchy.from_distances(distances, labels, per_class=True)
+    means = torch.stack([distances[labels == label].double().mean(0).float() for label in labels.unique()])
+    assert as_sets(tree) == set(greedy(means.tolist()))
+    assert tree.leaf_labels.tolist() == [0, 10, 20, 30, 40]
+    np.testing.assert_array_equal(tree.proxies[:5], means.argmin(1))
+
+
+def test_from_embeddings_uses_the_distance_given(monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    embeddings = torch.randn(30, 4, generator=generator)
+    proxies = torch.randn(6, 4, generator=generator)
+    labels = np.array(list("abcdef"))[np.arange(30) % 6]
+    distance = PoincareDistance(c=1.0, clip_radius=1.5)
+    expected = Hierarchy.from_distances(distance(embeddings, proxies), labels)
+    assert Hierarchy.from_embeddings(embeddings, proxies, distance, labels) == expected
+    assert Hierarchy.from_embeddings(embeddings, proxies, labels=labels) != expected
+    monkeypatch.setattr("hierloss.hierarchy._CHUNK_ROWS", 7)
+    per_class = Hierarchy.from_embeddings(embeddings, proxies, distance, labels, per_class=True)
+    assert per_class == Hierarchy.from_distances(distance(embeddings, proxies), labels, per_class=True)
+    assert per_class.leaf_labels.tolist() == list("abcdef")
+
+
+def test_points_on_the_ball_are_not_mapped_again():
+    generator = torch.Generator().manual_seed(1)
+    embeddings, proxies = torch.randn(30, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    distance = PoincareDistance()
+    on_ball = PoincareDistance(normalize_embeddings=False)
+    assert Hierarchy.from_embeddings(distance.normalize(embeddings), proxies, on_ball) == (
+        Hierarchy.from_embeddings(embeddings, proxies, distance)
+    )
+
+
+def test_large():
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(4000, 16, generator=generator) / 4
+    proxies = torch.randn(200, 16, generator=generator) / 4
+    start = time.perf_counter()
+    tree = Hierarchy.from_embeddings(embeddings, proxies)
+    assert time.perf_counter() - start < 5
+    distances = PoincareDistance()(embeddings, proxies).double()
+    for node in range(tree.num_leaves, tree.num_nodes, 97):
+        farthest = distances[tree.leaves(node)].amax(0)
+        assert float(farthest.min()) == pytest.approx(tree.heights[node], abs=1e-5)
+    # Any two leaves that are apart at a height could not have been merged below it.
+    groups = tree.cut(50)
+    assert groups.max() == 49
+    rows = torch.stack([distances[groups == g].amax(0) for g in range(50)])
+    joint = torch.maximum(rows[:, None], rows[None]).amin(2) + torch.eye(50) * 99
+    assert float(joint.min()) == pytest.approx(np.sort(tree.heights)[-49], abs=1e-5)
+
+
+# --- queries ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree():
+    # 7 is the root, above 6 = {0, 1} and 5 = {2, 3, 4}
+    return Hierarchy([6, 6, 5, 5, 5, 7, 7, -1], [0, 0, 0, 0, 0, 1.0, 2.0, 5.0], [0, 0, 1, 1, 1, 1, 0, 2])
+
+
+def test_queries(tree):
+    assert (tree.num_leaves, tree.num_nodes, tree.root) == (5, 8, 7)
+    assert [tree.parent(node) for node in range(8)] == [6, 6, 5, 5, 5, 7, 7, None]
+    assert [tree.children(node) for node in (0, 5, 6, 7)] == [(), (2, 3, 4), (0, 1), (5, 6)]
+    assert [tree.depth(node) for node in range(8)] == [2, 2, 2, 2, 2, 1, 1, 0]
+    assert tree.sizes.tolist() == [1, 1, 1, 1, 1, 3, 2, 5]
+    assert [tree.leaves(node).tolist() for node in (3, 5, 6, 7)] == [[3], [2, 3, 4], [0, 1], [0, 1, 2, 3, 4]]
+    assert tree.leaf_order.tolist() == [2, 3, 4, 0, 1]
+    cases = [([3], 3), ([3, 4], 5), ([0, 1], 6), ([0, 1, 0], 6), ([1, 2], 7), ([5, 2], 5), (range(5), 7)]
+    for nodes, ancestor in cases:
+        assert tree.lowest_common_ancestor(nodes) == ancestor
+
+
+def test_common_ancestor_equals_smallest_node_that_holds_the_set():
+    tree = Hierarchy.from_distances(random_distances(60, 8, 3))
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        leaves = generator.choice(60, generator.integers(1, 6), replace=False)
+        holding = [n for n in range(tree.num_nodes) if set(leaves) <= set(tree.leaves(n).tolist())]
+        assert tree.lowest_common_ancestor(leaves) == min(holding)
+
+
+def test_cut(tree):
+    assert tree.cut(1).tolist() == [0] * 5
+    assert tree.cut(2).tolist() == [0, 0, 1, 1, 1]
+    assert tree.cut(3).tolist() == [0, 1, 2, 2, 2]
+    assert tree.cut(4).tolist() == [0, 1, 2, 2, 2]  # the node of three children falls apart at once
+    assert tree.cut(5).tolist() == [0, 1, 2, 3, 4]
+    assert tree.cut(height=0).tolist() == [0, 1, 2, 3, 4]
+    assert tree.cut(height=1.0).tolist() == [0, 1, 2, 2, 2]
+    assert tree.cut(height=4.99).tolist() == [0, 0, 1, 1, 1]
+    for num_groups in range(1, 31):
+        binary = Hierarchy.from_distances(random_distances(30, 5, 2))
+        assert len(set(binary.cut(num_groups).tolist())) == num_groups
+
+
+def test_nearest_ancestor():
+    distances = torch.tensor([[1.0, 9.0, 4.0], [2.0, 9.0, 4.0], [9.0, 1.0, 4.0], [9.0, 3.0, 4.0]])
+    tree = Hierarchy.from_distances(distances)
+    assert as_sets(tree) == {
+        (frozenset({0, 1}), 2.0, 0),
+        (frozenset({2, 3}), 3.0, 1),
+        (frozenset(range(4)), 4.0, 2),
+    }
+    new = torch.tensor([[2.0, 9.0, 4.0], [2.1, 2.9, 9.0], [1.0, 0.5, 9.0], [3.0, 4.0, 3.9], [8.0, 8.0, 8.0]])
+    assert tree.nearest_ancestor(new).tolist() == [4, 5, 4, 6, 6]
+    # Those it was built from are below their own ancestors.
+    tree = Hierarchy.from_distances(distances := random_distances(50, 6, 5))
+    for leaf, node in enumerate(tree.nearest_ancestor(distances)):
+        assert tree.heights[node] <= tree.heights[tree.parents[leaf]]
+
+
+def test_immutable(tree):
+    for array in (tree.parents, tree.heights, tree.proxies, tree.sizes, tree.leaf_order):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+    with pytest.raises(AttributeError):
+        tree.parents = tree.parents
+    source = np.array([2, 2, -1])
+    built = Hierarchy(source, [0, 0, 1.0], [0, 0, 0])
+    source[:] = 0
+    assert built.parents.tolist() == [2, 2, -1]
+
+
+# --- export -------------------------------------------------------------------------------------------------
+
+
+def test_linkage_is_read_by_scipy(tree):
+    matrix = tree.to_linkage()
+    assert matrix.tolist() == [[2, 3, 1, 2], [4, 5, 1, 3], [0, 1, 2, 2], [6, 7, 5, 5]]
+    assert Hierarchy.from_linkage(matrix).parents.tolist() == tree.parents.tolist()
+    assert dendrogram(matrix, no_plot=True)["ivl"]
+    large = Hierarchy.from_distances(random_distances(40, 8, 1))
+    heights = iter(cophenet(large.to_linkage()))
+    for a, b in itertools.combinations(range(40), 2):
+        assert next(heights) == large.heights[large.lowest_common_ancestor([a, b])]
+
+
+@pytest.mark.parametrize("method", ["average", "ward", "complete", "single"])
+def test_linkage_of_another_method_comes_back(method):
+    matrix = linkage(np.random.default_rng(0).normal(size=(25, 3)), method)
+    tree = Hierarchy.from_linkage(matrix, np.arange(25))
+    np.testing.assert_allclose(cophenet(tree.to_linkage()), cophenet(matrix))
+    assert set(tree.proxies) == {-1}
+
+
+def test_networkx(tree):
+    networkx = pytest.importorskip("networkx")
+    tree = Hierarchy(tree.parents, tree.heights, tree.proxies, ["a", "b", "c", "d", "e"])
+    graph = tree.to_networkx()
+    assert networkx.is_arborescence(graph)
+    assert networkx.lowest_common_ancestor(graph, 2, 4) == 5
+    assert sorted(networkx.descendants(graph, 6)) == [0, 1]
+    assert [graph.nodes[node]["height"] for node in range(8)] == tree.heights.tolist()
+    assert [graph.nodes[node]["proxy"] for node in range(8)] == tree.proxies.tolist()
+    assert [graph.nodes[node].get("label") for node in range(6)] == ["a", "b", "c", "d", "e", None]
+    assert graph.edges[7, 5]["length"] == 4.0
+    assert networkx.shortest_path_length(graph, 7, 3, weight="length") == 5.0
+
+
+def test_newick_is_read_by_biopython():
+    phylo = pytest.importorskip("Bio.Phylo", reason="Biopython is not installed")
+    tree = Hierarchy.from_distances(random_distances(30, 5, 4))
+    names = [f"it's leaf ({i}); a, b: c" for i in range(30)]
+    read = phylo.read(io.StringIO(tree.to_newick(names)), "newick")
+
+    def sets(clade, depth):
+        """(leaves, depth from the root, name) of all inner nodes below."""
+        depth += clade.branch_length or 0.0
+        if clade.is_terminal():
+            assert depth == pytest.approx(tree.heights[-1])  # leaves are at height 0
+            return {clade.name}, []
+        leaves, found = set(), []
+        for child in clade.clades:
+            below, more = sets(child, depth)
+            leaves |= below
+            found += more
+        return leaves, [*found, (frozenset(leaves), round(tree.heights[-1] - depth, 4), clade.name)]
+
+    _, found = sets(read.root, 0.0)
+    expected = {
+        (frozenset(names[i] for i in leaves), round(height, 4), f"proxy {proxy}")
+        for leaves, height, proxy in as_sets(tree)
+    }
+    assert set(found) == expected
+
+
+def test_json(tree):
+    for labels in (None, np.arange(5), np.array(list("abcde"))):
+        labelled = Hierarchy(tree.parents, tree.heights, tree.proxies, labels)
+        assert Hierarchy.from_json(labelled.to_json()) == labelled
+    assert json.loads(tree.to_json())["heights"] == [0, 0, 0, 0, 0, 1, 2, 5]
+    random = Hierarchy.from_distances(random_distances(30, 5, 4), torch.arange(30))
+    assert Hierarchy.from_json(random.to_json()) == random
+    with pytest.raises(ValueError, match="fields"):
+        Hierarchy.from_json("{}")
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+GOOD = torch.rand(6, 3)
+
+
+@pytest.mark.parametrize(
+    ("distances", "kwargs", "error", "message"),
+    [
+        (GOOD[:0], {}, ValueError, "at least 2 samples .* got 0"),
+        (GOOD[:1], {}, ValueError, "at least 2 samples .* got 1"),
+        (GOOD[:, :0], {}, ValueError, "at least 2 proxies, got 0"),
+        (GOOD[:, :1], {}, ValueError, "at least 2 proxies, got 1"),
+        (GOOD[0], {}, ValueError, r"distances must have shape .* got shape \(3,\)"),
+        (GOOD / 0, {}, ValueError, "distances must be finite"),
+        (GOOD.numpy(), {}, TypeError, "distances must be a torch.Tensor, got ndarray"),
+        (GOOD, {"labels": torch.zeros(5)}, ValueError, r"labels must have shape \(6,\).* got shape \(5,\)"),
+        (GOOD, {"per_class": True}, ValueError, "labels must be given when per_class"),
+        (GOOD, {"labels": torch.zeros(6), "per_class": True}, ValueError, "at least 2 classes .* got 1"),
+        (torch.zeros(1).expand(50_001, 3), {}, ValueError, "per_class=True .* subsample"),
+    ],
+)
+def test_bad_input(distances, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        Hierarchy.from_distances(distances, **kwargs)
+
+
+def test_bad_embeddings():
+    good = torch.rand(6, 3)
+    with pytest.raises(ValueError, match=r"proxies must have 3 columns.*\(4, 2\)"):
+        Hierarchy.from_embeddings(good, good[:4, :2])
+    with pytest.raises(ValueError, match="embeddings must have shape"):
+        Hierarchy.from_embeddings(good[0], good)
+    with pytest.raises(ValueError, match="finite"):
+        Hierarchy.from_embeddings(good / 0 * 0, good)
+    # A million rows cost nothing here: they are refused before any distance is computed.
+    million = torch.zeros(1, 3).expand(1_000_000, 3)
+    with pytest.raises(ValueError, match="at most 50000 leaves with 512 proxies, got 1000000 samples"):
+        Hierarchy.from_embeddings(million, torch.zeros(512, 3))
+
+
+@pytest.mark.parametrize(
+    ("parents", "heights", "message"),
+    [
+        ([1, -1], [0, 1], "at least 3"),
+        ([2, 2, 2], [0, 0, 1], "-1 for the last"),
+        ([2, 0, -1], [0, 0, 1], "-1 for the last"),
+        ([3, 3, 4, 4, -1], [0, 0, 0, 2, 1], "heights"),
+        ([2, 3, 3, -1], [0, 0, 1, 2], "two children"),
+    ],
+)
+def test_bad_tree(parents, heights, message):
+    with pytest.raises(ValueError, match=message):
+        Hierarchy(parents, heights, [0] * len(parents))
+
+
+def test_bad_queries(tree):
+    for node in (-1, 8):
+        with pytest.raises(ValueError, match="node must be a number from 0 to 7"):
+            tree.parent(node)
+    for arguments in ({}, {"num_groups": 2, "height": 1.0}):
+        with pytest.raises(ValueError, match="one of num_groups and height"):
+            tree.cut(**arguments)
+    with pytest.raises(ValueError, match="num_groups must be at most num_leaves=5, got 6"):
+        tree.cut(6)
+    with pytest.raises(ValueError, match="at least one node"):
+        tree.lowest_common_ancestor([])
+    with pytest.raises(ValueError, match="names must be 5"):
+        tree.to_newick(["a"])
+    with pytest.raises(ValueError, match="more than 2, got shape"):
+        tree.nearest_ancestor(torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="no proxies"):
+        Hierarchy.from_linkage(tree.to_linkage()).nearest_ancestor(torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="do not decrease"):
+        Hierarchy.from_linkage(np.array([[0, 1, 2.0, 2], [2, 3, 1.0, 3]]))
+
+
+def test_import_needs_no_optional_package():
+    blocked = "import sys; sys.modules.update(matplotlib=None, plotly=None); import hierloss.hierarchy"
+    assert subprocess.run([sys.executable, "-c", blocked], capture_output=True).returncode == 0
+    loaded = "import hierloss.hierarchy, sys; print({'matplotlib', 'plotly'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True).stdout == b"set()\n"
+
+
+# --- the whole way: from a known tree, through training, and back -------------------------------------------
+
+
+def trained_tree(start, seed):
+    """Train a small network on flat labels; the tree of its classes, and the upper levels of each class."""
+    features, taxonomy = sample_tree(torch.Generator().manual_seed(seed))
+    labels = taxonomy[:, 0]
+    upper = torch.stack([taxonomy[labels == label][0, 1:] for label in range(36)])
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(128, 32, bias=False)
+    torch.nn.init.orthogonal_(head.weight)
+    norm = torch.nn.LayerNorm(128, elementwise_affine=False)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 128), torch.nn.ReLU(), norm, head)
+    base = losses.ProxyAnchorLoss(36, 32)
+    hier = HIERLoss(256, 32, miner=ReciprocalNeighborMiner(triplets_per_anchor=10))
+    if start == "data":
+        with torch.no_grad():
+            hier.proxies.copy_(initial_proxies(model(features), 256, hier.distance))
+    optimizer = torch.optim.Adam(
+        [
+            {"params": model.parameters(), "lr": 1e-4},
+            {"params": [*base.parameters(), *hier.parameters()], "lr": 1e-2},
+        ]
+    )
+    for _ in range(150):
+        rows = torch.randint(len(features), (90,))
+        embeddings = model(features[rows])
+        loss = base(embeddings, labels[rows]) + hier(embeddings, labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        tree = Hierarchy.from_embeddings(model(features), hier.proxies, hier.distance, labels, per_class=True)
+    return tree, upper
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_training_recovers_a_known_tree(seed):
+    tree, upper = trained_tree("data", seed)
+    assert [dendrogram_purity(tree, level) >= 0.95 for level in upper.T] == [True, True]
+
+
+def test_random_start_is_worse():
+    tree, upper = trained_tree("random", 0)
+    assert dendrogram_purity(tree, upper[:, 0]) < 0.9
+
+
+# --- where proxies start ------------------------------------------------------------------------------------
+
+
+def test_initial_proxies_are_data_drawn_towards_the_origin():
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(200, 5, generator=generator)
+    distance = PoincareDistance(clip_radius=1.5)
+    proxies = initial_proxies(embeddings, 500, distance, torch.Generator().manual_seed(1))
+    assert proxies.shape == (500, 5)
+    cosines = torch.nn.functional.normalize(proxies) @ torch.nn.functional.normalize(embeddings).T
+    nearest = cosines.max(1)
+    torch.testing.assert_close(nearest.values, torch.ones(500))
+    counts = nearest.indices.bincount(minlength=200)
+    assert (counts.min(), counts.max()) == (2, 3)  # without replacement
+    clipped = embeddings.norm(dim=1).clamp_max(1.5)[nearest.indices]
+    shares = (proxies.norm(dim=1) / clipped).sort().values
+    uniform = (torch.arange(500) + 0.5) / 500
+    assert float((shares - uniform).abs().max()) < 1.63 / 500**0.5  # Kolmogorov-Smirnov, 1%
+    again = initial_proxies(embeddings, 500, distance, torch.Generator().manual_seed(1))
+    assert torch.equal(proxies, again)
+    on_ball = PoincareDistance(clip_radius=1.5, normalize_embeddings=False)
+    same = initial_proxies(distance.normalize(embeddings).float(), 500, on_ball, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(same, proxies)
+
+
+def test_initial_proxies_errors():
+    with pytest.raises(ValueError, match="embeddings must be finite"):
+        initial_proxies(torch.full((2, 3), math.nan), 4)
+    with pytest.raises(ValueError, match="embeddings must have at least one row"):
+        initial_proxies(torch.zeros(0, 3), 4)
+    with pytest.raises(ValueError, match="num_proxies must be at least 1"):
+        initial_proxies(torch.zeros(2, 3), 0)

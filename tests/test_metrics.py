@@ -1,0 +1,250 @@
+"""Scores: against scikit-learn, scikit-network, and definitions written out."""
+
+import itertools
+
+import networkx
+import numpy as np
+import pytest
+import torch
+from scipy.cluster.hierarchy import linkage
+from sklearn.metrics import adjusted_mutual_info_score, average_precision_score
+
+from hierloss import metrics
+from hierloss.hierarchy import Hierarchy
+
+
+def random_tree(leaves, seed, ties):
+    generator = torch.Generator().manual_seed(seed)
+    if ties:
+        return Hierarchy.from_distances(torch.randint(1, 5, (leaves, 3), generator=generator).float())
+    return Hierarchy.from_distances(torch.rand(leaves, 5, generator=generator))
+
+
+def holding(tree, i, j):
+    """The leaves of the smallest node that holds both, found by looking at all."""
+    return min(
+        (set(tree.leaves(n).tolist()) for n in range(tree.num_nodes) if {i, j} <= set(tree.leaves(n))),
+        key=len,
+    )
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_dendrogram_purity_equals_definition(seed, ties, monkeypatch):
+    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 50)  # several chunks of classes
+    tree = random_tree(14, seed, ties)
+    if ties:
+        assert tree.num_nodes < 27  # there are nodes with more than two children
+    labels = np.random.default_rng(seed).integers(0, 4, 14)
+    purities = []
+    for i, j in itertools.combinations(range(14), 2):
+        if labels[i] == labels[j]:
+            leaves = holding(tree, i, j)
+            purities.append(np.mean([labels[leaf] == labels[i] for leaf in leaves]))
+    assert metrics.dendrogram_purity(tree, torch.from_numpy(labels)) == pytest.approx(np.mean(purities), abs=1e-12)
+
+
+def test_dendrogram_purity_of_known_trees():
+    points = np.array([[0.0], [0.1], [5.0], [5.1], [9.0], [9.1]])
+    matrix = linkage(points, "average")
+    assert metrics.dendrogram_purity(matrix, [0, 0, 1, 1, 2, 2]) == 1
+    assert metrics.dendrogram_purity(matrix, list("aabbbb")) == 1
+    # One node over all: the purity of a class is its share.
+    star = Hierarchy([4, 4, 4, 4, -1], [0, 0, 0, 0, 1], [0] * 5)
+    assert metrics.dendrogram_purity(star, [0, 0, 0, 1]) == 0.75
+    with pytest.raises(ValueError, match="different label for each leaf"):
+        metrics.dendrogram_purity(star, [0, 1, 2, 3])
+    with pytest.raises(ValueError, match=r"labels must have shape \(4,\).*\(3,\)"):
+        metrics.dendrogram_purity(star, [0, 1, 2])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_dasgupta_cost_equals_scikit_network(seed):
+    hierarchy = pytest.importorskip("sknetwork.hierarchy", reason="scikit-network is not installed")
+    tree = random_tree(12, seed, ties=False)
+    similarity = np.random.default_rng(seed).random((12, 12))
+    similarity = similarity + similarity.T
+    np.fill_diagonal(similarity, 0)
+    expected = hierarchy.dasgupta_cost(similarity, tree.to_linkage())
+    # Theirs is the mean over edges, an edge drawn in proportion to its weight.
+    assert metrics.dasgupta_cost(tree, similarity) == pytest.approx(expected * similarity.sum() / 2)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_dasgupta_cost_equals_definition(ties):
+    tree = random_tree(12, 0, ties)
+    similarity = np.random.default_rng(0).random((12, 12))
+    similarity = similarity + similarity.T
+    expected = sum(similarity[i, j] * len(holding(tree, i, j)) for i, j in itertools.combinations(range(12), 2))
+    assert metrics.dasgupta_cost(tree, torch.from_numpy(similarity)) == pytest.approx(expected)
+    with pytest.raises(ValueError, match=r"shape \(12, 12\), got \(3, 3\)"):
+        metrics.dasgupta_cost(tree, np.ones((3, 3)))
+    for bad in (-similarity, similarity * np.nan, np.triu(similarity)):
+        with pytest.raises(ValueError, match="symmetric and non-negative"):
+            metrics.dasgupta_cost(tree, bad)
+
+
+def test_ami_per_level():
+    generator = np.random.default_rng(0)
+    points = np.repeat([0.0, 3.0, 10.0, 13.0], 5)[:, None] + generator.random((20, 1))
+    taxonomy = np.stack([np.repeat([3, 1, 2, 0], 5), np.repeat([8, 9], 10)], 1)
+    matrix = linkage(points, "average")
+    assert metrics.ami_per_level(matrix, taxonomy) == pytest.approx([1, 1])
+    swapped = taxonomy.copy()
+    swapped[[0, 19]] = swapped[[19, 0]]
+    expected = [adjusted_mutual_info_score(taxonomy[:, level], swapped[:, level]) for level in (0, 1)]
+    assert metrics.ami_per_level(matrix, torch.from_numpy(swapped)) == pytest.approx(expected)
+    assert 0 < expected[0] < expected[1] + 1 < 2
+    with pytest.raises(ValueError, match=r"taxonomy must have shape \(20, L\)"):
+        metrics.ami_per_level(matrix, taxonomy[:, 0])
+
+
+# --- rankings -----------------------------------------------------------------------------------------------
+
+
+def random_ranking(seed, samples=24, levels=3):
+    generator = np.random.default_rng(seed)
+    fine = generator.integers(0, 8, samples)
+    points = torch.from_numpy(generator.normal(size=(samples, 3)))
+    return torch.cdist(points, points), np.stack([fine // 2**level for level in range(levels)], 1)
+
+
+def hierarchical_ap_by_definition(distances, taxonomy, alpha):
+    count, depth = taxonomy.shape
+    scores = []
+    for query in range(count):
+        others = sorted((o for o in range(count) if o != query), key=lambda o: distances[query, o])
+        level = {o: int((taxonomy[o] == taxonomy[query]).sum()) for o in others}
+        sizes = {n: sum(v == n for v in level.values()) for n in range(depth + 1)}
+        relevance = {o: (level[o] / depth) ** alpha / sizes[level[o]] if level[o] else 0.0 for o in others}
+        score = 0.0
+        for rank, k in enumerate(others, 1):
+            if relevance[k]:
+                score += sum(min(relevance[j], relevance[k]) for j in others[:rank]) / rank
+        if sum(relevance.values()):
+            scores.append(score / sum(relevance.values()))
+    return np.mean(scores)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_hierarchical_average_precision_equals_definition(seed, alpha, monkeypatch):
+    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 100)
+    distances, taxonomy = random_ranking(seed)
+    expected = hierarchical_ap_by_definition(distances, taxonomy, alpha)
+    assert metrics.hierarchical_average_precision(distances, taxonomy, alpha) == pytest.approx(expected, abs=1e-12)
+
+
+def test_hierarchical_average_precision_of_one_level_is_scikit_learns():
+    distances, taxonomy = random_ranking(0)
+    fine, expected = taxonomy[:, 0], []
+    for query in range(len(fine)):
+        others = np.arange(len(fine)) != query
+        relevant = fine[others] == fine[query]
+        if relevant.any():
+            expected.append(average_precision_score(relevant, -distances[query][others]))
+    assert metrics.hierarchical_average_precision(distances, fine[:, None]) == pytest.approx(np.mean(expected))
+
+
+def test_hierarchical_average_precision_of_good_and_bad_order():
+    taxonomy = np.array([[0, 0], [0, 0], [1, 0], [1, 0], [2, 1], [2, 1]])
+    shared = (taxonomy[:, None] == taxonomy[None]).sum(2)
+    perfect = metrics.hierarchical_average_precision(2.0 - shared, taxonomy)
+    assert perfect == 1.0
+    assert metrics.hierarchical_average_precision(shared * 1.0, taxonomy) < 0.5
+    with pytest.raises(ValueError, match="anything relevant"):
+        metrics.hierarchical_average_precision(np.ones((3, 3)), np.arange(3)[:, None])
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_hierarchical_recall_equals_definition(k, monkeypatch):
+    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 100)
+    distances, taxonomy = random_ranking(1)
+    taxonomy[0] = 99, 99, 99  # alone at every level: does not count
+    expected = []
+    for level in taxonomy.T:
+        hits = []
+        for query in range(1, len(level)):
+            if (level == level[query]).sum() > 1:
+                others = sorted((o for o in range(len(level)) if o != query), key=lambda o: distances[query, o])
+                hits.append(any(level[o] == level[query] for o in others[:k]))
+        expected.append(np.mean(hits))
+    assert metrics.hierarchical_recall_at_k(distances, taxonomy, k) == pytest.approx(expected)
+    assert expected[0] < expected[2]
+
+
+def test_hierarchical_recall_equals_precision_at_1_of_pml():
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+
+    points = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(60) % 6
+    calculator = AccuracyCalculator(include=("precision_at_1",), k=1, knn_func=lambda q, k, r, same: knn(q, k))
+
+    def knn(query, k):
+        return torch.cdist(query, query).fill_diagonal_(torch.inf).topk(k, largest=False)
+
+    expected = calculator.get_accuracy(points, labels)["precision_at_1"]
+    assert metrics.hierarchical_recall_at_k(torch.cdist(points, points), labels[:, None]) == [expected]
+
+
+def test_bad_rankings():
+    distances, taxonomy = random_ranking(0)
+    with pytest.raises(ValueError, match="k must be at most 23"):
+        metrics.hierarchical_recall_at_k(distances, taxonomy, 24)
+    with pytest.raises(ValueError, match=r"shape \(N, N\), got shape \(3, 24\)"):
+        metrics.hierarchical_recall_at_k(distances[:3], taxonomy)
+    with pytest.raises(ValueError, match="finite"):
+        metrics.hierarchical_recall_at_k(distances / 0, taxonomy)
+    with pytest.raises(ValueError, match="alpha"):
+        metrics.hierarchical_average_precision(distances, taxonomy, -1.0)
+
+
+# --- delta hyperbolicity ------------------------------------------------------------------------------------
+
+
+def path_lengths(graph):
+    return np.array(networkx.floyd_warshall_numpy(graph, weight="weight"))
+
+
+def test_delta_of_trees_is_zero():
+    tree = Hierarchy.from_distances(torch.rand(20, 4, generator=torch.Generator().manual_seed(0)))
+    graph = tree.to_networkx().to_undirected()
+    lengths = np.array(networkx.floyd_warshall_numpy(graph, weight="length"))
+    assert metrics.delta_hyperbolicity(lengths) == pytest.approx(0, abs=1e-6)
+
+
+def test_delta_of_a_cycle():
+    # The cycle of 4n vertices has delta n: four points at equal distances.
+    for n in (1, 2, 5):
+        assert metrics.delta_hyperbolicity(path_lengths(networkx.cycle_graph(4 * n)), relative=False) == n
+
+
+def test_delta_equals_definition_about_the_first_sample():
+    points = np.random.default_rng(0).normal(size=(12, 3))
+    d = np.linalg.norm(points[:, None] - points[None], axis=2)
+    product = [[(d[x, 0] + d[y, 0] - d[x, y]) / 2 for y in range(12)] for x in range(12)]
+    delta = max(
+        min(product[x][z], product[z][y]) - product[x][y] for x, y, z in itertools.product(range(12), repeat=3)
+    )
+    assert metrics.delta_hyperbolicity(d, relative=False) == pytest.approx(delta)
+    assert metrics.delta_hyperbolicity(torch.from_numpy(d)) == pytest.approx(2 * delta / d.max())
+    # Four-point condition, all base points: the two differ by a factor of 2 at most.
+    gaps = []
+    for x, y, z, w in itertools.combinations(range(12), 4):
+        sums = sorted([d[x, y] + d[z, w], d[x, z] + d[y, w], d[x, w] + d[y, z]])
+        gaps.append((sums[2] - sums[1]) / 2)
+    assert max(gaps) / 2 <= delta <= max(gaps) + 1e-12
+
+
+def test_delta_of_a_sample():
+    points = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
+    distances = torch.cdist(points, points)
+    values = [
+        metrics.delta_hyperbolicity(distances, max_samples=40, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert values[0] == values[1] != values[2]
+    assert values[0] < metrics.delta_hyperbolicity(distances)
+    with pytest.raises(ValueError, match=r"generator must be given for 300 samples.*max_samples=40"):
+        metrics.delta_hyperbolicity(distances, max_samples=40)
+    assert metrics.delta_hyperbolicity(torch.zeros(3, 3)) == 0
