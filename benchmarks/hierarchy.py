@@ -1,11 +1,13 @@
 """Is the hidden hierarchy discovered? Purity of the learned tree, beside that of other trees.
 
-    python benchmarks/hierarchy.py --data ../shared/data
+    python -m benchmarks.hierarchy --data ../shared/data
 
 Models are trained on flat class labels; the trees are over classes, and are scored by dendrogram purity
 against superclasses that training never saw. Data: a random tree of 3 levels (4 x 3 x 3 classes, see
-tests/trees.py), and, with ``--data``, TREC questions (50 classes in 6 superclasses; Li and Roth 2002, as
-embedded by all-MiniLM-L6-v2) from ``trec_questions.npz``. Three models for each seed, from the same initial
+tests/trees.py), and, from the folder ``--data``, TREC questions (50 classes in 6 superclasses; Li and Roth 2002,
+as embedded by all-MiniLM-L6-v2: ``trec_questions.npz``) and handwritten characters (136 in 5 alphabets; Lake,
+Salakhutdinov, Tenenbaum 2015: ``omniglot_small1.zip``, which is images_background_small1.zip of
+github.com/brendenlake/omniglot). Three models for each seed, from the same initial
 weights and batches: without HIER (its proxies are drawn from the data after training), with HIER and proxies
 started in random directions, and with HIER and proxies started at data (`initial_proxies`).
 
@@ -15,15 +17,18 @@ embeddings. The table holds the mean over the seeds with its 95% confidence inte
 """
 
 import argparse
+import io
 import platform
 import sys
 import time
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytorch_metric_learning
 import torch
+from PIL import Image
 from pytorch_metric_learning import losses
 from scipy.cluster.hierarchy import linkage
 from scipy.stats import t as student
@@ -52,6 +57,31 @@ def load_trec(folder: Path) -> tuple[Tensor, Tensor]:
     return features, torch.from_numpy(np.stack([fine, coarse], 1))
 
 
+def load_omniglot(folder: Path) -> tuple[Tensor, Tensor]:
+    """Images of 28 x 28 and labels (character, alphabet)."""
+    images, alphabets, characters = [], [], []
+    with zipfile.ZipFile(folder / "omniglot_small1.zip") as archive:
+        for name in sorted(n for n in archive.namelist() if n.endswith(".png") and "__MACOSX" not in n):
+            *_, alphabet, character, _ = name.split("/")
+            image = Image.open(io.BytesIO(archive.read(name))).convert("L").resize((28, 28), Image.Resampling.BOX)
+            images.append(1 - np.asarray(image, np.float32) / 255)
+            alphabets.append(alphabet)
+            characters.append(f"{alphabet}/{character}")
+    levels = [np.unique(names, return_inverse=True)[1] for names in (characters, alphabets)]
+    return torch.from_numpy(np.stack(images)).unsqueeze(1), torch.from_numpy(np.stack(levels, 1))
+
+
+def trunk(features: Tensor) -> torch.nn.Module:
+    """Layers from the features to 128 numbers: convolutions for images, one linear layer for vectors."""
+    if features.ndim == 2:
+        return torch.nn.Sequential(torch.nn.Linear(features.shape[1], 128), torch.nn.ReLU())
+    layers: list[torch.nn.Module] = []
+    for inputs, outputs in ((1, 32), (32, 64), (64, 128)):
+        layers += [torch.nn.Conv2d(inputs, outputs, 3, padding=1), torch.nn.GroupNorm(8, outputs)]
+        layers += [torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(128 * 9, 128), torch.nn.ReLU())
+
+
 def train(
     features: Tensor, labels: Tensor, start: str, seed: int, options: argparse.Namespace
 ) -> tuple[Tensor, Tensor, PoincareDistance]:
@@ -62,7 +92,7 @@ def train(
     torch.nn.init.orthogonal_(head.weight)
     torch.nn.init.zeros_(head.bias)
     norm = torch.nn.LayerNorm(128, elementwise_affine=False)  # as in the paper; norms end at the clip radius
-    model = torch.nn.Sequential(torch.nn.Linear(features.shape[1], 128), torch.nn.ReLU(), norm, head)
+    model = torch.nn.Sequential(trunk(features), norm, head)
     base = losses.ProxyAnchorLoss(int(labels.max()) + 1, options.dim)
     miner = ReciprocalNeighborMiner(triplets_per_anchor=options.triplets)
     hier = HIERLoss(options.proxies, options.dim, miner=miner)
@@ -76,7 +106,7 @@ def train(
         start_from_data()
     optimizer = torch.optim.Adam(
         [
-            {"params": model.parameters(), "lr": options.lr},
+            {"params": model.parameters(), "lr": options.lr * (10 if features.ndim == 4 else 1)},
             {"params": [*base.parameters(), *hier.parameters()], "lr": options.lr_proxies},
         ]
     )
@@ -121,7 +151,9 @@ def interval(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--data", type=Path, help="folder with trec_questions.npz; without it, synthetic data only"
+        "--data",
+        type=Path,
+        help="folder with trec_questions.npz and omniglot_small1.zip; without it, synthetic only",
     )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=300)
@@ -129,18 +161,17 @@ def main() -> None:
     parser.add_argument("--triplets", type=int, default=10, help="triplets per anchor")
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--weight", type=float, default=1.0, help="of HIER")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of the network")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of the network; ten times that for convolutions")
     parser.add_argument("--lr-proxies", type=float, default=1e-2, help="of class proxies and hierarchical proxies")
     options = parser.parse_args()
 
-    names = ["synthetic"] + (["TREC"] if options.data else [])
+    load = {"synthetic": None} | ({"TREC": load_trec, "Omniglot": load_omniglot} if options.data else {})
+    loaded = {name: function(options.data) for name, function in load.items() if function}
+    names = list(load)
     scores: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
     began = time.perf_counter()
     for name, seed in tqdm([(name, seed) for name in names for seed in range(options.seeds)], unit="seed"):
-        if name == "TREC":
-            features, taxonomy = load_trec(options.data)
-        else:
-            features, taxonomy = sample_tree(torch.Generator().manual_seed(seed))
+        features, taxonomy = loaded.get(name) or sample_tree(torch.Generator().manual_seed(seed))
         labels = taxonomy[:, 0]
         upper = torch.stack([taxonomy[labels == k][0, 1:] for k in range(int(labels.max()) + 1)])
         for start in STARTS:

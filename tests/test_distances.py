@@ -1,6 +1,7 @@
 """PoincareDistance in everything of PML that takes a distance."""
 
 import inspect
+import math
 
 import geoopt
 import pytest
@@ -195,6 +196,16 @@ def test_clip_radius():
     v = torch.tensor([[5.0, 0.0], [0.0, 0.0]])
     assert float(PoincareDistance()(v)[0, 1]) == pytest.approx(2 * 2.3)
     assert float(PoincareDistance(clip_radius=None)(v)[0, 1]) == pytest.approx(2 * 5.0)
+
+
+@pytest.mark.parametrize("norm", [3.0, 6.0, 9.0])
+def test_nothing_is_rounded_on_the_way_to_the_boundary(norm):
+    """In float32 a vector of norm 9 is mapped onto the boundary itself; its distance from the origin is 18."""
+    v = torch.zeros(3, 4)
+    v[0, 0], v[1, 1] = norm, norm
+    d = PoincareDistance(c=1.0, clip_radius=None)(v)
+    torch.testing.assert_close(d[0, 2].item(), 2 * norm, rtol=1e-6, atol=0)
+    torch.testing.assert_close(d[0, 1].item(), math.acosh(math.cosh(2 * norm) ** 2), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

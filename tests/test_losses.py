@@ -233,8 +233,11 @@ def test_distributed_loss_wrapper_in_one_process():
         (reducers.ClassWeightedReducer(torch.arange(6.0)), None),
     ],
 )
-def test_reducers(reducer, reduce):
-    """Every reducer sees the losses of the valid triplets, and their indices into the batch."""
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_reducers(reducer, reduce, fixed_shapes, monkeypatch):
+    """Every reducer sees the losses of the valid triplets, and their indices into the batch; also on a GPU."""
+    if fixed_shapes:
+        monkeypatch.setattr(functional, "asking_is_free", lambda _: False)
     kwargs = {"miner": ReciprocalNeighborMiner(num_neighbors=4, triplets_per_anchor=7)}
     embeddings, labels = batch()
     plain = small(reducer=reducers.DoNothingReducer(), **kwargs)
@@ -523,6 +526,19 @@ def test_autocast_changes_nothing(dtype):
     expected = value(loss_func, embeddings, labels)
     with torch.autocast("cpu", dtype=dtype):
         assert torch.equal(value(loss_func, embeddings, labels), expected)
+
+
+def test_autocast_does_not_reach_other_miners():
+    """A matrix product in bfloat16 would mine other triplets."""
+    from pytorch_metric_learning.distances import CosineSimilarity
+
+    embeddings, labels = batch()
+    miner = miners.TripletMarginMiner(margin=0.2, distance=CosineSimilarity())
+    loss_func = small(miner=miner, reducer=reducers.DoNothingReducer())
+    expected = value(loss_func, embeddings, labels)["sample_loss"]["indices"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = value(loss_func, embeddings, labels)["sample_loss"]["indices"]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 # --- curvature ----------------------------------------------------------------------------------------------

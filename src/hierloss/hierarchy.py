@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import fcluster, is_valid_linkage
+from scipy.cluster.hierarchy import is_valid_linkage
 from torch import Tensor
 
 from . import poincare
@@ -341,11 +341,22 @@ class Hierarchy:
         if num_groups is not None:
             if check_count("num_groups", num_groups) > self.num_leaves:
                 raise ValueError(f"num_groups must be at most num_leaves={self.num_leaves}, got {num_groups}")
-            groups = fcluster(self.to_linkage(), num_groups, "maxclust")
+            inner = self.heights[self.num_leaves :]
+            degrees = np.bincount(self.parents[:-1])[self.num_leaves :]
+            # Groups when all nodes from this one on are gone, where it is higher than the one before.
+            groups = 1 + np.cumsum(degrees[::-1] - 1)[::-1]
+            possible = (groups <= num_groups) & (np.diff(inner, prepend=-1.0) > 0)
+            kept = self.num_leaves + int(possible.argmax() if possible.any() else len(inner))
         else:
             assert height is not None
-            groups = fcluster(self.to_linkage(), check_number("height", height, positive=False), "distance")
-        _, first, index = np.unique(groups, return_index=True, return_inverse=True)
+            kept = int(np.searchsorted(self.heights, check_number("height", height, positive=False), "right"))
+        # Nodes are ordered by height: those from `kept` on are gone, and the highest ones left are the groups.
+        top = np.arange(self.num_nodes)
+        for node in range(kept - 1, -1, -1):
+            above = self.parents[node]
+            if 0 <= above < kept:
+                top[node] = top[above]
+        _, first, index = np.unique(top[: self.num_leaves], return_index=True, return_inverse=True)
         return np.argsort(np.argsort(first))[index]
 
     def nearest_ancestor(self, distances: Tensor) -> np.ndarray:

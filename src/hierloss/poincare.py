@@ -30,8 +30,8 @@ __all__ = [
     "to_hyperboloid",
 ]
 
-_CHUNK_CELLS = 2**22
-"""Cells of a distance matrix that are worked on at a time: 32 MB in float64."""
+_CHUNK_CELLS = 2**19
+"""Cells of a distance matrix that are worked on at a time: 4 MB in float64."""
 
 
 # --- epsilons: every one that the package needs -------------------------------------------------------------
