@@ -1,17 +1,23 @@
 """The slow side of the benchmarks is HIER, or its figures would mean nothing; and the benchmarks run."""
 
+import io
 import json
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
+import pytest
 import reference
 import torch
+from PIL import Image
 
-from benchmarks import distances, plain, speed
+from benchmarks import distances, hierarchy, plain, speed
 
 ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
 
 
 def test_plain_form_equals_the_reference():
@@ -107,3 +113,60 @@ def test_command_writes_json_and_plot(tmp_path):
     wrong = subprocess.run([*command[:3], "sped"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "no benchmark is called sped" in wrong.stderr
+
+
+# --- the study of hierarchies -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data_folder(tmp_path):
+    """The two files of the study in small, as they are laid out in full."""
+    with zipfile.ZipFile(tmp_path / "omniglot_small1.zip", "w") as archive:
+        for alphabet in ("Greek", "Latin"):
+            for character in ("character01", "character02", "character03"):
+                for drawing in range(4):
+                    image = Image.new("1", (105, 105), 1)
+                    image.putpixel((3 * drawing + 20, 50), 0)
+                    buffer = io.BytesIO()
+                    image.save(buffer, "PNG")
+                    name = f"images_background_small1/{alphabet}/{character}/000{drawing}.png"
+                    archive.writestr(name, buffer.getvalue())
+    names = np.array(["ENTY:animal", "ENTY:food", "LOC:city", "LOC:state"] * 5)
+    embeddings = np.random.default_rng(0).normal(size=(20, 384)).astype(np.float16)
+    np.savez(tmp_path / "trec_questions.npz", text=names, label=names, embeddings=embeddings)
+    return tmp_path
+
+
+def test_loading_the_data_of_the_study(data_folder):
+    images, labels = hierarchy.load_omniglot(data_folder)
+    assert images.shape == (24, 1, 28, 28)
+    assert images.max() > 0.05  # ink is positive, and the paper 0
+    assert (images == 0).float().mean() > 0.9
+    assert labels[:, 0].tolist() == [k for k in range(6) for _ in range(4)]
+    assert labels[:, 1].tolist() == [0] * 12 + [1] * 12
+    features, labels = hierarchy.load_trec(data_folder)
+    assert features.shape == (20, 384)
+    assert features.dtype == torch.float32
+    assert labels[:4].tolist() == [[0, 0], [1, 0], [2, 1], [3, 1]]
+
+
+@pytest.mark.slow
+def test_the_study_runs(data_folder):
+    small = ["--seeds", "2", "--steps", "2", "--proxies", "16", "--data", str(data_folder)]
+    command = [sys.executable, "-m", "benchmarks.hierarchy", *small]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("synthetic, level 2", "TREC, level 1", "Omniglot, level 1"):
+        assert f"{name} above the classes" in done.stdout
+    assert done.stdout.count("| LCA linkage |") == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason=f"needs the real data in {DATA.name}")
+def test_the_real_data_of_the_study():
+    images, labels = hierarchy.load_omniglot(DATA)
+    assert len(images) == 2720
+    assert [len(column.unique()) for column in labels.T] == [136, 5]
+    features, labels = hierarchy.load_trec(DATA)
+    assert features.shape == (5952, 384)
+    assert [len(column.unique()) for column in labels.T] == [50, 6]
