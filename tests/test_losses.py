@@ -81,6 +81,17 @@ def test_fixed_shapes_give_the_same_mean(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(kept, loss_func.proxies)[0], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("proxy_batch_size", [None, 10])
+def test_eval_mode_leaves_the_generator_alone(proxy_batch_size):
+    loss_func = small(proxy_batch_size=proxy_batch_size).eval()
+    embeddings, labels = batch()
+    state = torch.get_rng_state()
+    first = loss_func(embeddings, labels)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(17)
+    assert torch.equal(loss_func(embeddings, labels), first)
+
+
 def test_eval_mode_draws_nothing():
     """The most probable ancestor, evenly spread triplets, and not one random number."""
     kwargs = {"num_neighbors": 4, "triplets_per_anchor": 20}

@@ -180,9 +180,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         batch_size = len(embeddings)
         points = poincare.project(self.distance.maybe_normalize(embeddings), self.distance.c)
         ancestors = self.distance.normalize(self.proxies)
-        proxy_batch = torch.arange(self.num_proxies, device=embeddings.device)
-        if self.proxy_batch_size is not None:
-            proxy_batch = torch.randperm(self.num_proxies, device=embeddings.device)[: self.proxy_batch_size]
+        proxy_batch = self._proxy_batch()
         distances = poincare.pairwise_distance(
             torch.cat([points.to(ancestors.dtype), ancestors[proxy_batch]]),
             ancestors,
@@ -218,6 +216,15 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 "reduction_type": "already_reduced",
             },
         }
+
+    def _proxy_batch(self) -> Tensor | slice:
+        """The proxies among which triplets are drawn: all, or some of them, evenly spread in eval mode."""
+        size, device = self.proxy_batch_size, self.proxies.device
+        if size is None or size >= self.num_proxies:
+            return slice(None)
+        if self.training:
+            return torch.randperm(self.num_proxies, device=device)[:size]
+        return torch.arange(size, device=device) * self.num_proxies // size
 
     def _mine(self, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Triplets among the embeddings, ``(3, T)``, and which of them are valid, ``(T,)``."""
