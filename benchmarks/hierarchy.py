@@ -102,8 +102,6 @@ def train(
             subset = features[torch.randperm(len(features), generator=generator)[:SUBSET]]
             hier.proxies.copy_(initial_proxies(model(subset), options.proxies, hier.distance, generator))
 
-    if start == "data start":
-        start_from_data()
     optimizer = torch.optim.Adam(
         [
             {"params": model.parameters(), "lr": options.lr * (10 if features.ndim == 4 else 1)},
@@ -111,7 +109,9 @@ def train(
         ]
     )
     batches = torch.Generator().manual_seed(seed)
-    for _ in range(options.steps):
+    for step in range(options.steps):
+        if start == "data start" and step == options.start_after:
+            start_from_data()
         rows = torch.randint(len(features), (90,), generator=batches)
         embeddings = model(features[rows])
         loss = base(embeddings, labels[rows])
@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=32)
     parser.add_argument("--weight", type=float, default=1.0, help="of HIER")
     parser.add_argument("--lr", type=float, default=1e-4, help="of the network; ten times that for convolutions")
+    parser.add_argument("--start-after", type=int, default=0, help="steps before proxies start at data")
     parser.add_argument("--lr-proxies", type=float, default=1e-2, help="of class proxies and hierarchical proxies")
     options = parser.parse_args()
 

@@ -32,7 +32,7 @@ METRICS = {"precision_at_1": "R@1", "mean_average_precision_at_r": "MAP@R"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="number of repetitions")
+    parser.add_argument("--seeds", type=int, default=10, help="number of repetitions")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--weight", type=float, default=0.5, help="weight of HIERLoss (lambda)")
     parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="where the picture goes")

@@ -349,7 +349,7 @@ def test_bad_tree(parents, heights, message):
 
 def test_bad_queries(tree):
     for node in (-1, 8):
-        with pytest.raises(ValueError, match="node must be a number from 0 to 7"):
+        with pytest.raises(ValueError, match="node must be a whole number from 0 to 7"):
             tree.parent(node)
     for arguments in ({}, {"num_groups": 2, "height": 1.0}):
         with pytest.raises(ValueError, match="one of num_groups and height"):
@@ -390,16 +390,16 @@ def trained_tree(start, seed):
     model = torch.nn.Sequential(torch.nn.Linear(32, 128), torch.nn.ReLU(), norm, head)
     base = losses.ProxyAnchorLoss(36, 32)
     hier = HIERLoss(256, 32, miner=ReciprocalNeighborMiner(triplets_per_anchor=10))
-    if start == "data":
-        with torch.no_grad():
-            hier.proxies.copy_(initial_proxies(model(features), 256, hier.distance))
     optimizer = torch.optim.Adam(
         [
             {"params": model.parameters(), "lr": 1e-4},
-            {"params": [*base.parameters(), *hier.parameters()], "lr": 1e-2},
+            {"params": [*base.parameters(), *hier.parameters()], "lr": 3e-3},
         ]
     )
-    for _ in range(150):
+    for step in range(150):
+        if start == "data" and step == 50:
+            with torch.no_grad():
+                hier.init_proxies(model(features))
         rows = torch.randint(len(features), (90,))
         embeddings = model(features[rows])
         loss = base(embeddings, labels[rows]) + hier(embeddings, labels[rows])
@@ -411,7 +411,7 @@ def trained_tree(start, seed):
     return tree, upper
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [100, 101, 102])
 def test_training_recovers_a_known_tree(seed):
     tree, upper = trained_tree("data", seed)
     assert [dendrogram_purity(tree, level) >= 0.95 for level in upper.T] == [True, True]

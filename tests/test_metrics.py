@@ -96,7 +96,8 @@ def test_ami_per_level():
     assert metrics.ami_per_level(matrix, torch.from_numpy(swapped)) == pytest.approx(expected)
     assert 0 < expected[0] < expected[1] + 1 < 2
     with pytest.raises(ValueError, match=r"taxonomy must have shape \(20, L\)"):
-        metrics.ami_per_level(matrix, taxonomy[:, 0])
+        metrics.ami_per_level(matrix, taxonomy[:10])
+    assert metrics.ami_per_level(matrix, swapped[:, 0]) == pytest.approx(expected[:1])  # a single level
 
 
 # --- rankings -----------------------------------------------------------------------------------------------

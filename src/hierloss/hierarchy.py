@@ -446,7 +446,8 @@ class Hierarchy:
         """The tree in Newick format; branch lengths are differences of heights.
 
         Args:
-            names: name of each leaf; default its number. Inner nodes are named after their proxies.
+            names: name of each leaf; default its label, if all are different, else its number. Inner nodes are
+                named after their proxies.
 
         Returns:
             One line that ends with a semicolon.
@@ -535,10 +536,10 @@ class Hierarchy:
 
     # --- derived --------------------------------------------------------------------------------------------
 
-    def _node(self, node: int) -> int:
+    def _node(self, node: Any) -> int:
         """The node, as a Python number, if it is one."""
-        if not 0 <= node < self.num_nodes:
-            raise ValueError(f"node must be a number from 0 to {self.num_nodes - 1}, got {node}")
+        if not isinstance(node, (int, np.integer)) or not 0 <= node < self.num_nodes:
+            raise ValueError(f"node must be a whole number from 0 to {self.num_nodes - 1}, got {node!r}")
         return int(node)
 
     @cached_property
@@ -600,8 +601,9 @@ def initial_proxies(
 
     with ``i(p)`` drawn without replacement, as long as there are enough embeddings. Every region of the data
     has proxies above it, specific ones near it and general ones near the origin. Random directions, the
-    default of HIERLoss, are almost orthogonal to all data in many dimensions; proxies that start there are at
-    about the same distance from every sample, and make poor ancestors.
+    default of HIERLoss, are almost orthogonal to all data in many dimensions. What the difference is,
+    measured, stands in docs/hierarchy.md: better trees at the level right above the classes, and no certain
+    difference otherwise.
 
     Args:
         embeddings: shape ``(N, D)``, as they go into the loss: of the first batch, or better of some thousand
@@ -763,7 +765,15 @@ def _class_means(chunks: Iterable[Tensor], index: Tensor, classes: int) -> Tenso
 def _check_names(names: Sequence[str] | None, tree: Hierarchy) -> list[str]:
     """Leaf names, quoted as Newick wants it."""
     if names is None:
-        return [str(leaf) for leaf in range(tree.num_leaves)]
+        labels = range(tree.num_leaves) if tree.leaf_labels is None else tree.leaf_labels.tolist()
+        names = [str(label) for label in labels]
+        if len(set(names)) < len(names):
+            names = [str(leaf) for leaf in range(tree.num_leaves)]
+        return [name if name.isalnum() else _quoted(name) for name in names]
     if len(names) != tree.num_leaves:
         raise ValueError(f"names must be {tree.num_leaves}, one for each leaf, got {len(names)}")
-    return ["'" + str(name).replace("'", "''") + "'" for name in names]
+    return [_quoted(str(name)) for name in names]
+
+
+def _quoted(name: str) -> str:
+    return "'" + name.replace("'", "''") + "'"

@@ -54,11 +54,12 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     its losses is ignored: HIER mines its own triplets, and ``miner`` is the way to change them.
 
     Args:
-        num_proxies: number of hierarchical proxies ``P``.
+        num_proxies: number of hierarchical proxies ``P``, 512 in the paper. Time grows faster than linearly with
+            it: take fewer on a CPU or for few classes, 64 for instance, or see ``proxy_batch_size``.
         embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. An optimizer
             built before that batch trains the proxies all the same. Give it where something must know the
-            parameters' sizes before: ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``,
-            ``torch.compile(fullgraph=True)``.
+            parameters' sizes before: ``numel()``, ``Adagrad``, ``AveragedModel``,
+            ``DistributedDataParallel``, ``torch.compile(fullgraph=True)``.
         margin: ``m``.
         temperature: :math:`\tau` of the ancestors' distribution.
         miner: miner of the triplets among embeddings, default `ReciprocalNeighborMiner`; its
@@ -157,6 +158,19 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: outputs of the network, shape ``(N, D)``, neither normalized nor mapped to the ball (unless
+                the distance says that they are). Values that are not finite give a loss that is not.
+            labels: shape ``(N,)``, or ``None``.
+            indices_tuple: ignored, HIER mines its own triplets.
+            ref_emb: not supported.
+            ref_labels: not supported.
+
+        Returns:
+            The reduced loss, a scalar.
+        """
         if ref_emb is not None or ref_labels is not None:
             raise ValueError(
                 "ref_emb and ref_labels are not supported by HIERLoss, expected None: reciprocal neighbours are "
@@ -264,9 +278,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     def init_proxies(self, embeddings: Tensor, generator: torch.Generator | None = None) -> None:
         """Start the proxies again from data: embeddings, pulled towards the origin by random factors.
 
-        Proxies that start in random directions, as those of the paper do, hardly become ancestors: see
-        `initial_proxies`, which draws the new ones. Call it once, after the first epoch, when embeddings
-        mean something; an optimizer that has the proxies keeps them.
+        Every region of the data then has proxies above it, specific ones near it and general ones near the
+        origin, where the paper's start has random directions; docs/hierarchy.md shows what that changes. Call
+        it once, after the first epoch, when embeddings mean something; an optimizer that has the proxies keeps
+        them.
 
         Args:
             embeddings: shape ``(N, D)``, as they go into the loss, of some thousand training samples.
@@ -381,7 +396,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 warnings.warn(
                     f"the proxies of HIERLoss did not change in {_FORGOTTEN_AFTER} training steps: no optimizer "
                     "has them. Build it with the parameters of both, "
-                    "torch.optim.Adam([*model.parameters(), *loss_func.parameters()])",
+                    "torch.optim.Adam([*model.parameters(), *loss_func.parameters()]); in a trainer of PML it is "
+                    "the metric_loss_optimizer",
                     stacklevel=5,  # the line that calls the loss
                 )
 

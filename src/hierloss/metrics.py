@@ -127,7 +127,7 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
 
     Args:
         tree: over ``N`` leaves.
-        taxonomy: shape ``(N, L)``, from fine to coarse.
+        taxonomy: shape ``(N, L)``, from fine to coarse, or ``(N,)`` for a single level.
 
     Returns:
         One score for each level.
@@ -160,7 +160,7 @@ def hierarchical_recall_at_k(distances: Any, taxonomy: Any, k: int = 1) -> list[
 
     Args:
         distances: of all pairs, shape ``(N, N)``; the diagonal is not used.
-        taxonomy: shape ``(N, L)``, from fine to coarse.
+        taxonomy: shape ``(N, L)``, from fine to coarse, or ``(N,)`` for a single level.
         k: number of neighbours.
 
     Returns:
@@ -208,7 +208,7 @@ def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float =
 
     Args:
         distances: of all pairs, shape ``(N, N)``; the diagonal is not used.
-        taxonomy: shape ``(N, L)``, from fine to coarse.
+        taxonomy: shape ``(N, L)``, from fine to coarse, or ``(N,)`` for a single level.
         alpha: how much the finer levels count more; 0 gives all levels the same sum of relevances.
 
     Returns:
@@ -334,6 +334,7 @@ def _vector(name: str, values: Any, count: int) -> np.ndarray:
 def _taxonomy(values: Any, count: int) -> np.ndarray:
     """The taxonomy, the labels of each level numbered from 0."""
     array = _array(values)
+    array = array[:, None] if array.ndim == 1 else array
     if array.ndim != 2 or array.shape[0] != count or array.shape[1] == 0:
         raise ValueError(
             f"taxonomy must have shape ({count}, L), a column for each level from fine to coarse, "

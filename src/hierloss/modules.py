@@ -17,7 +17,8 @@ class ToPoincare(torch.nn.Module):
         \exp_0(v) = \tanh(\sqrt c\,|v|) \frac{v}{\sqrt c\,|v|}
 
     Shapes: ``(..., D)`` to ``(..., D)``. The output is at least float32, also under autocast: half precision
-    has too few digits near the boundary.
+    has too few digits near the boundary. Behind this layer use ``PoincareDistance(normalize_embeddings=False)`` in
+    every loss, miner and evaluator, also in `HIERLoss`; with the default, points would be mapped twice.
 
     Args:
         c: minus the curvature, a positive number; or a ``geoopt.PoincareBall``, also with learnable curvature.

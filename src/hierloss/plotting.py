@@ -213,7 +213,8 @@ def plot_disk(
                     ha="right" if left else "left")  # fmt: skip
         reach += 0.02 * min(24, max(len(_title(names, rows)) for rows in members))
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach))
-    ax.text(0.5, 0, f"length of an edge = {scale:.3g} × difference of heights", fontsize=7, color=_NO_LABEL,
+    shown = "" if len(ends) == tree.num_leaves else f"{tree.num_leaves} leaves in {len(ends)} branches; "
+    ax.text(0.5, 0, f"{shown}length of an edge = {scale:.3g} × difference of heights", fontsize=7, color=_NO_LABEL,
             ha="center", va="top", transform=ax.transAxes)  # fmt: skip
     return ax
 
