@@ -30,6 +30,8 @@ def main() -> None:
         rows = speed.compare(args.device, args.repeats, batch=180, dim=128, proxies=512, triplets=50)
         show("A training step of HIER, forward and backward", rows)
         show("Where the time of hierloss goes", speed.breakdown(args.device))
+        if device.type == "cpu":
+            show("How far the limit is", speed.limit(rows[-1]["median ms"]))
         write(f"speed{suffix}", device, rows, None, args.output)
     if "growth" in args.names:
         rows = speed.growth(args.device, max(2, args.repeats // 3))

@@ -1,6 +1,7 @@
 """Time and memory of a training step of HIER, beside the plain form."""
 
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -67,6 +68,8 @@ def side_by_side(steps: dict[str, Step], device: str, repeats: int) -> dict[str,
 
 def peak_memory(**settings: Any) -> float:
     """Largest extra memory of a step in MB, measured in a process of its own."""
+    # Without this, glibc keeps freed blocks, and the same step takes three times as much in one run as in another.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_memory, args=(sender, settings))
@@ -123,6 +126,45 @@ def compare(device: str, repeats: int, **sizes: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+FORWARD_PASSES, BACKWARD_PASSES = 7, 16
+"""Reads or writes of a cell in `hierloss.functional`, for each of the two ancestors, counted in its code."""
+
+
+def limit(measured_ms: float) -> list[dict[str, Any]]:
+    """What the cells of a step would cost on this CPU if every pass ran at the speed of a copy in its cache."""
+    torch.manual_seed(0)
+    loss_func = HIERLoss(512, 128, collect_stats=True)
+    loss_func(torch.randn(180, 128), torch.arange(180) // 2)
+    forward = 2 * loss_func.num_triplets * 512 / 1e6
+    backward = forward * loss_func.fraction_active
+    source, target = torch.rand(2**18), torch.empty(2**18)
+    bits = torch.empty(2**17, dtype=torch.int64)
+    copy = _nanoseconds(lambda: target.copy_(source), 2**18)
+    random = _nanoseconds(lambda: bits.random_(-(2**63), None), 2**18)
+    passes = copy * (forward * FORWARD_PASSES + backward * BACKWARD_PASSES)
+    return [
+        {
+            "forward Mcells": forward,
+            "backward Mcells": backward,
+            "ns a copy": copy,
+            "ns a random number": random,
+            "passes ms": passes,
+            "random ms": random * backward,
+            "limit ms": passes + random * backward,
+            "measured ms": measured_ms,
+        }
+    ]
+
+
+def _nanoseconds(function: Callable[[], Any], cells: int) -> float:
+    times = []
+    for _ in range(200):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / cells * 1e9
 
 
 def growth(device: str, repeats: int) -> list[dict[str, Any]]:
