@@ -1,6 +1,6 @@
 """Is the hidden hierarchy discovered? Purity of the learned tree, beside that of other trees.
 
-    python -m benchmarks.hierarchy --data ../shared/data
+    python -m benchmarks.hierarchy --data PATH
 
 Models are trained on flat class labels; the trees are over classes, and are scored by dendrogram purity
 against superclasses that training never saw. Data: a random tree of 3 levels (4 x 3 x 3 classes, see

@@ -200,6 +200,23 @@ def growth(device: str, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def many_proxies(device: str) -> list[dict[str, Any]]:
+    """Time and memory of a step with 10,000 proxies and a batch of 512, all of them anchors or some."""
+    sizes = {"batch": 512, "dim": 128, "proxies": 10_000, "triplets": 50}
+    rows = []
+    for proxy_batch in (None, 512):
+        step = make_step("hierloss", device, **sizes, proxy_batch=proxy_batch)
+        rows.append(
+            {
+                **sizes,
+                "proxy_batch": proxy_batch or "all",
+                "seconds (n = 1)": seconds(step, device),
+                "extra MB": peak_memory(form="hierloss", device=device, **sizes, proxy_batch=proxy_batch),
+            }
+        )
+    return rows
+
+
 def plot_growth(rows: list[dict[str, Any]]) -> Figure:
     figure, all_axes = plt.subplots(2, 4, figsize=(13, 5.5), sharey="row", layout="constrained")
     for axes, name in zip(all_axes.T, ("batch", "proxies", "dim", "triplets"), strict=True):
