@@ -32,6 +32,12 @@ def main() -> None:
         show("Where the time of hierloss goes", speed.breakdown(args.device))
         if device.type == "cpu":
             show("How far the limit is", speed.limit(rows[-1]["median ms"]))
+        else:
+            from torchvision.models import resnet50
+
+            images = torch.randn(180, 3, 224, 224, device=device)
+            network = resnet50(num_classes=128).to(device)
+            show("Added to a training step of ResNet-50", speed.added_to_a_network(network, images, args.repeats))
         write(f"speed{suffix}", device, rows, None, args.output)
     if "growth" in args.names:
         rows = speed.growth(args.device, max(2, args.repeats // 3))

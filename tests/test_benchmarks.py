@@ -79,6 +79,16 @@ def test_memory_does_not_grow_with_triplets_times_proxies():
     assert many - few < 60
 
 
+def test_what_is_added_to_a_network():
+    """On a GPU the network is ResNet-50; here one so small that the loss is most of the step."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8))
+    without, with_hier = speed.added_to_a_network(network, torch.randn(40, 3, 2, 2), 3)
+    assert (without["loss"], with_hier["loss"]) == ("ProxyAnchor", "ProxyAnchor + HIER")
+    assert without["added %"] == 0
+    assert with_hier["added %"] > 100
+    assert with_hier["median ms"] > without["median ms"]
+
+
 def test_exact_distances_of_the_benchmark():
     """Its 50 digit gradient against autograd in float64, where float64 is good."""
     x, y = distances.sample(0.9, 0.1, torch.float64)
