@@ -27,7 +27,7 @@ build: $(VENV)/dev.stamp ## Build sdist and wheel in dist/
 	$(BIN)/twine check --strict dist/*
 
 clean: ## Delete everything that the other targets make
-	rm -rf $(VENV) dist quickstart.png .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist quickstart.png .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment for all targets; a stamp says that an extra is installed.

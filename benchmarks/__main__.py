@@ -47,7 +47,7 @@ def main() -> None:
     if "distances" in args.names:
         rows = [row for dtype in (torch.float32, torch.bfloat16, torch.float16) for row in distances.errors(dtype)]
         show("Largest relative error of distances and their gradients", rows)
-        show("The worst cells of these", distances.summary(rows))
+        show("The worst cells of these", distances.worst(rows))
         show("Time of all pairs, forward and backward", distances.speed(args.device, args.repeats))
         write("distances", torch.device("cpu"), rows, distances.plot(rows), args.output)
 

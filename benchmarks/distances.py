@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.speed import side_by_side
+from benchmarks.speed import side_by_side, summary
 from hierloss import poincare
 
 RADII = (0.0, 0.3, 0.9, 0.99, 0.999, 0.9999, 0.99999)
@@ -123,7 +123,7 @@ def plot(rows: list[dict[str, Any]], dtype: str = "float32") -> Figure:
     return figure
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def worst(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The worst cell of each form, for every dtype: of near pairs, near the boundary, and of all."""
     parts: dict[str, Callable[[dict[str, Any]], bool]] = {
         "near pairs, 1e-6 to 1e-4 apart": lambda row: row["separation"] <= 1e-4,
@@ -167,10 +167,7 @@ def speed(device: str, repeats: int) -> list[dict[str, Any]]:
     return [
         {
             "distance": name,
-            "n": repeats,
-            "median ms": 1e3 * statistics.median(seconds),
-            "least ms": 1e3 * min(seconds),
-            "most ms": 1e3 * max(seconds),
+            **summary(seconds),
             "times hierloss": statistics.median(seconds) / own,
         }
         for name, seconds in times.items()

@@ -67,6 +67,12 @@ def side_by_side(steps: dict[str, Step], device: str, repeats: int) -> dict[str,
     return times
 
 
+def summary(times: list[float]) -> dict[str, Any]:
+    """Number, median and spread of some times."""
+    ms = [1e3 * t for t in times]
+    return {"n": len(ms), "median ms": statistics.median(ms), "least ms": min(ms), "most ms": max(ms)}
+
+
 def peak_memory(**settings: Any) -> float:
     """Largest extra memory of a step in MB, measured in a process of its own."""
     # Without this, glibc keeps freed blocks, and the same step takes three times as much in one run as in another.
@@ -109,18 +115,14 @@ def compare(device: str, repeats: int, **sizes: int) -> list[dict[str, Any]]:
     forms = ("plain", "hierloss")
     times = side_by_side({form: make_step(form, device, **sizes) for form in forms}, device, repeats)
     memory = {form: peak_memory(form=form, device=device, **sizes) for form in forms}
-    ratios = sorted(a / b for a, b in zip(times["plain"], times["hierloss"], strict=True))
+    ratios = [a / b for a, b in zip(times["plain"], times["hierloss"], strict=True)]
     rows = []
     for form in forms:
-        own = sorted(times[form])
         rows.append(
             {
                 "form": form,
                 **sizes,
-                "n": repeats,
-                "median ms": 1e3 * statistics.median(own),
-                "least ms": 1e3 * own[0],
-                "most ms": 1e3 * own[-1],
+                **summary(times[form]),
                 "times faster": 1.0 if form == "plain" else statistics.median(ratios),
                 "extra MB": memory[form],
                 "times smaller": memory["plain"] / memory[form],
@@ -184,17 +186,13 @@ def growth(device: str, repeats: int) -> list[dict[str, Any]]:
     for name, sizes in tqdm(cases, unit="size"):
         step = make_step("hierloss", device, **sizes)
         step()
-        own = sorted(seconds(step, device) for _ in range(repeats))
         rows.append(
             {
                 "grows": name,
                 **base,
                 "proxy_batch": "all",
                 **sizes,
-                "n": repeats,
-                "median ms": 1e3 * statistics.median(own),
-                "least ms": 1e3 * own[0],
-                "most ms": 1e3 * own[-1],
+                **summary([seconds(step, device) for _ in range(repeats)]),
                 "extra MB": peak_memory(form="hierloss", device=device, **sizes),
             }
         )
@@ -227,10 +225,7 @@ def added_to_a_network(model: torch.nn.Module, images: Tensor, repeats: int) -> 
     return [
         {
             "loss": name,
-            "n": repeats,
-            "median ms": 1e3 * statistics.median(own),
-            "least ms": 1e3 * min(own),
-            "most ms": 1e3 * max(own),
+            **summary(own),
             "added %": 0.0 if name == "ProxyAnchor" else 100 * statistics.median(added),
         }
         for name, own in times.items()

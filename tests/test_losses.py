@@ -227,6 +227,29 @@ def test_with_a_weight_regularizer_of_its_own():
     torch.testing.assert_close(regularized - plain, 2 * embeddings.norm(dim=1).mean())
 
 
+def test_in_a_trainer_of_pml():
+    """Its parameters are those of the metric_loss_optimizer, as the README says."""
+    from pytorch_metric_learning.trainers import MetricLossOnly
+
+    loss_func = small()
+    before = loss_func.proxies.detach().clone()
+    embeddings, labels = batch(n=64)
+    trunk = torch.nn.Linear(D, D)
+    trainer = MetricLossOnly(
+        models={"trunk": trunk},
+        optimizers={
+            "trunk_optimizer": torch.optim.SGD(trunk.parameters(), lr=0.1),
+            "metric_loss_optimizer": torch.optim.SGD(loss_func.parameters(), lr=0.1),
+        },
+        batch_size=B,
+        loss_funcs={"metric_loss": losses.MultipleLosses([losses.MultiSimilarityLoss(), loss_func])},
+        dataset=torch.utils.data.TensorDataset(embeddings.detach(), labels),
+        dataloader_num_workers=0,
+    )
+    trainer.train(num_epochs=1)
+    assert (loss_func.proxies != before).any()
+
+
 def test_distributed_loss_wrapper_in_one_process():
     loss_func = small()
     embeddings, labels = batch()

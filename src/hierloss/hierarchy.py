@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Hierarchy", "initial_proxies"]
 
 _MAX_LEAVES, _MAX_CELLS = 50_000, 10**8
-"""The largest tree: about 2.5 GB, and a minute or two."""
+"""The largest tree: more leaves or distances are refused rather than exhausting memory."""
 
 _CHUNK_ROWS = 4096
 """Embeddings whose distances from the proxies are worked on at a time."""
@@ -141,7 +141,7 @@ class Hierarchy:
             labels: label of each sample, shape ``(N,)``, tensor or array; kept as ``leaf_labels``.
             per_class: ``True`` makes one leaf of each class, in the order of ``numpy.unique(labels)``. Its
                 distance from a proxy is the mean over its samples; the largest, which the height of the set
-                of samples would call for, hangs on a single outlier, and measures worse.
+                of samples would call for, hangs on a single outlier.
 
         Returns:
             The tree.
@@ -601,9 +601,9 @@ def initial_proxies(
 
     with ``i(p)`` drawn without replacement, as long as there are enough embeddings. Every region of the data
     has proxies above it, specific ones near it and general ones near the origin. Random directions, the
-    default of HIERLoss, are almost orthogonal to all data in many dimensions. What the difference is,
-    measured, stands in docs/hierarchy.md: better trees at the level right above the classes, and no certain
-    difference otherwise.
+    default of HIERLoss, are almost orthogonal to all data in many dimensions. docs/hierarchy.md has
+    what the difference is, measured: on a synthetic tree better one level above the classes and a little worse
+    two levels above them, on real data none that is certain.
 
     Args:
         embeddings: shape ``(N, D)``, as they go into the loss: of the first batch, or better of some thousand

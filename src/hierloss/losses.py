@@ -383,12 +383,14 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         """Warn once if proxies are used in training and no optimizer ever moves them."""
         if self._steps_without_update is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
+        if not self.training or not (embeddings.requires_grad or self.proxies.grad is not None):
+            return
         if self._steps_without_update == 0:
             self._start = self.proxies._version, self.proxies.detach().sum()
         if self.proxies._version != self._start[0] or not self.proxies.requires_grad:
             self._steps_without_update = None
             return
-        self._steps_without_update += self.training and (embeddings.requires_grad or self.proxies.grad is not None)
+        self._steps_without_update += 1
         if self._steps_without_update == _FORGOTTEN_AFTER:
             self._steps_without_update = None
             # Some optimizers write to .data, which leaves the version as it was.
