@@ -17,58 +17,30 @@ embeddings. The table holds the mean over the seeds with its 95% confidence inte
 """
 
 import argparse
-import io
 import platform
-import sys
 import time
-import zipfile
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytorch_metric_learning
 import torch
-from PIL import Image
 from pytorch_metric_learning import losses
 from scipy.cluster.hierarchy import linkage
 from scipy.stats import t as student
 from torch import Tensor
 from tqdm import tqdm
+from trees import sample_tree
 
 import hierloss
+from benchmarks.evidence.data import load_omniglot, load_trec
 from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner, poincare
 from hierloss.hierarchy import Hierarchy, initial_proxies
 from hierloss.metrics import dendrogram_purity
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from trees import sample_tree
-
 STARTS = ("no HIER", "random start", "data start")
 SUBSET = 1000
 """Samples that proxies are started from."""
-
-
-def load_trec(folder: Path) -> tuple[Tensor, Tensor]:
-    """Features and labels (fine, coarse) of the TREC questions."""
-    with np.load(folder / "trec_questions.npz", allow_pickle=True) as file:
-        features, names = torch.from_numpy(file["embeddings"].astype(np.float32)), file["label"]
-    fine = np.unique(names, return_inverse=True)[1]
-    coarse = np.unique([name.split(":")[0] for name in names], return_inverse=True)[1]
-    return features, torch.from_numpy(np.stack([fine, coarse], 1))
-
-
-def load_omniglot(folder: Path) -> tuple[Tensor, Tensor]:
-    """Images of 28 x 28 and labels (character, alphabet)."""
-    images, alphabets, characters = [], [], []
-    with zipfile.ZipFile(folder / "omniglot_small1.zip") as archive:
-        for name in sorted(n for n in archive.namelist() if n.endswith(".png") and "__MACOSX" not in n):
-            *_, alphabet, character, _ = name.split("/")
-            image = Image.open(io.BytesIO(archive.read(name))).convert("L").resize((28, 28), Image.Resampling.BOX)
-            images.append(1 - np.asarray(image, np.float32) / 255)
-            alphabets.append(alphabet)
-            characters.append(f"{alphabet}/{character}")
-    levels = [np.unique(names, return_inverse=True)[1] for names in (characters, alphabets)]
-    return torch.from_numpy(np.stack(images)).unsqueeze(1), torch.from_numpy(np.stack(levels, 1))
 
 
 def trunk(features: Tensor) -> torch.nn.Module:

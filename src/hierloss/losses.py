@@ -119,11 +119,6 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self.proxy_batch_size = proxy_batch_size
         self.miner = ReciprocalNeighborMiner(distance=self.distance) if miner is None else miner
         _check_miner(self.miner, self.distance)
-        self._proxy_miner: ReciprocalNeighborMiner
-        if isinstance(self.miner, ReciprocalNeighborMiner):
-            self._proxy_miner = self.miner
-        else:
-            self._proxy_miner = ReciprocalNeighborMiner(distance=self.distance)
         with torch.inference_mode(False):  # in which nothing could be trained that is made now
             self.proxies = torch.nn.UninitializedParameter()
         self._steps_without_update: int | None = 0
@@ -143,6 +138,13 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     @property
     def _is_lazy(self) -> bool:
         return isinstance(self.proxies, torch.nn.UninitializedParameter)
+
+    @property
+    def _proxy_miner(self) -> ReciprocalNeighborMiner:
+        """The miner of the proxies' triplets; no module of its own, which the state_dict would name."""
+        if isinstance(self.miner, ReciprocalNeighborMiner):
+            return self.miner
+        return ReciprocalNeighborMiner(distance=self.distance)
 
     def get_default_distance(self) -> PoincareDistance:
         return PoincareDistance()
@@ -174,7 +176,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if ref_emb is not None or ref_labels is not None:
             raise ValueError(
                 "ref_emb and ref_labels are not supported by HIERLoss, expected None: reciprocal neighbours are "
-                "defined within one set of embeddings; concatenate the two sets and pass them as embeddings"
+                "defined within one set of embeddings; concatenate the two sets and pass them as embeddings, or, "
+                "with DistributedLossWrapper, efficient=False"
             )
         check_embeddings("embeddings", embeddings, self.embedding_size)
         check_labels(labels, len(embeddings))
@@ -206,14 +209,12 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         mined = self._proxy_miner.sample(among_proxies, random=self.training)
         proxy_triplets, proxy_valid = _drop_invalid(mined)
         triplets = torch.cat([sample_triplets, proxy_triplets + batch_size], 1)
-        # Nothing is drawn in eval mode. Without noise, the most probable ancestor wins.
-        noise = None if self.training else distances.new_zeros(()).expand(2, triplets.shape[1], self.num_proxies)
         losses, drawn = functional.hierarchical_triplet_loss(
             distances,
             triplets,
             margin=self.margin,
             temperature=self.temperature,
-            noise=noise,
+            noise=self._noise(distances, triplets.shape[1]),
         )
         valid = torch.cat([sample_valid, proxy_valid])
         self._set_stats(embeddings, losses, drawn, valid)
@@ -230,6 +231,11 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 "reduction_type": "already_reduced",
             },
         }
+
+    def _noise(self, distances: Tensor, num_triplets: int) -> Tensor | None:
+        """Noise of the ancestors' choice; ``None`` for draws."""
+        # Nothing is drawn in eval mode. Without noise, the most probable ancestor wins.
+        return None if self.training else distances.new_zeros(()).expand(2, num_triplets, self.num_proxies)
 
     def _proxy_batch(self) -> Tensor | slice:
         """The proxies among which triplets are drawn: all, or some of them, evenly spread in eval mode."""
@@ -363,19 +369,20 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         saved = state_dict.get(prefix + "proxies")
-        error_msgs = lists[-1]
-        if saved is not None and (saved.ndim != 2 or saved.shape[0] != self.num_proxies):
-            error_msgs.append(
-                f"size mismatch for {prefix}proxies: the checkpoint has shape {tuple(saved.shape)}, "
-                f"expected ({self.num_proxies}, embedding_size); build HIERLoss with its num_proxies"
-            )
-            return
-        if saved is not None and saved.shape[1] == 0:
-            return
-        if saved is not None and self._is_lazy:
-            double = saved.dtype == torch.float64
-            dtype = torch.float64 if double else self.proxies.data.dtype
-            self._set_proxies(saved.to(self.proxies.data.device), dtype)
+        if isinstance(saved, Tensor):  # what else can be there, or not, torch reports
+            shape, own = tuple(saved.shape), self.embedding_size
+            if len(shape) != 2 or shape[0] != self.num_proxies or (own and shape[1] not in (0, own)):
+                lists[-1].append(
+                    f"size mismatch for {prefix}proxies: the checkpoint has shape {shape}, expected "
+                    f"({self.num_proxies}, {own or 'embedding_size'}); build HIERLoss with the num_proxies and "
+                    "embedding_size of the checkpoint, and give MultipleLosses its losses in the same order"
+                )
+                return
+            if shape[1] == 0:
+                return
+            if self._is_lazy:
+                dtype = torch.float64 if saved.dtype == torch.float64 else self.proxies.data.dtype
+                self._set_proxies(saved.to(self.proxies.data.device), dtype)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         self._steps_without_update = 0
 
