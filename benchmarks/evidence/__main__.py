@@ -3,6 +3,8 @@
     python -m benchmarks.evidence base --data PATH          # learning rates of base losses
     python -m benchmarks.evidence sweep --data PATH         # settings of the faithful method
     python -m benchmarks.evidence candidates --data PATH    # changes to the method
+    python -m benchmarks.evidence combinations --data PATH  # the best change, with others, one seed
+    python -m benchmarks.evidence finalists --data PATH     # the best of these
     python -m benchmarks.evidence test --data PATH          # what was chosen, on test classes, 10 seeds
     python -m benchmarks.evidence report                    # tables and plots of all of them, from the files
 
@@ -35,7 +37,7 @@ def main() -> None:
     parser.add_argument("study", choices=[*SEEDS, "report"])
     parser.add_argument("--data", type=Path, help="folder with trec_questions.npz and omniglot_small1.zip")
     parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
-    parser.add_argument("--seeds", type=int, help="how many (default: 3, in test 10)")
+    parser.add_argument("--seeds", type=int, help="how many (default: 3, in combinations 1, in test 10)")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (default: 2)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the runs are kept")
     parser.add_argument("--images", type=Path, default=IMAGES, help="where report puts the plots")

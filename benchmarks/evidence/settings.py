@@ -5,7 +5,17 @@ from typing import Any
 
 from pytorch_metric_learning import losses, miners
 
-__all__ = ["BASE_LOSSES", "CANDIDATES", "CHOSEN", "FAITHFUL", "Settings", "make_base", "sweep"]
+__all__ = [
+    "BASE_LOSSES",
+    "CANDIDATES",
+    "CHOSEN",
+    "COMBINATIONS",
+    "FAITHFUL",
+    "FINALISTS",
+    "Settings",
+    "make_base",
+    "sweep",
+]
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ def sweep() -> dict[str, Settings]:
     """One setting of the faithful method changed at a time."""
     values: dict[str, list[Any]] = {
         "weight": [0.1, 0.3, 3.0],
-        "num_proxies": [16, 128, 512],
+        "num_proxies": [16, 128, 256],
         "c": [0.01, 1.0],
         "clip_radius": [1.0, 5.0, None],
         "temperature": [0.03, 0.3, 1.0],
@@ -95,6 +105,32 @@ CANDIDATES: dict[str, Settings] = {
     "neighbours of inputs, no label bonus": replace(FAITHFUL, neighbors="inputs", label_bonus=False),
 }
 
+INPUTS = replace(FAITHFUL, neighbors="inputs")
+COMBINATIONS: dict[str, Settings] = {
+    "neighbours of inputs": INPUTS,
+    "and margin 0.5": replace(INPUTS, margin=0.5),
+    "and lambda 3": replace(INPUTS, weight=3.0),
+    "and lambda by gradient, 0.3": replace(INPUTS, by_gradient=True, weight=0.3),
+    "and lambda by gradient, 1": replace(INPUTS, by_gradient=True),
+    "and balanced ancestors": replace(INPUTS, balance=1.0),
+    "and balanced ancestors, warm-up": replace(INPUTS, balance=1.0, warm_up=True),
+    "and 10 neighbours": replace(INPUTS, num_neighbors=10),
+    "and 5 neighbours": replace(INPUTS, num_neighbors=5),
+    "and start from data": replace(INPUTS, start="data"),
+    "and mean norm 0.5 r": replace(INPUTS, mean_norm=0.5),
+}
+"""What won among the candidates, with more: a first look."""
+FINALISTS: dict[str, Settings] = {
+    "neighbours of inputs": INPUTS,
+    "neighbours of inputs, lambda 3": replace(INPUTS, weight=3.0),
+    "neighbours of inputs, lambda 10": replace(INPUTS, weight=10.0),
+    "neighbours of inputs, lambda 3, margin 0.5": replace(INPUTS, weight=3.0, margin=0.5),
+    "neighbours of inputs, lambda by gradient, 0.3": replace(INPUTS, by_gradient=True, weight=0.3),
+    "neighbours of inputs, margin 0.5": replace(INPUTS, margin=0.5),
+    "lambda 3": replace(FAITHFUL, weight=3.0),
+}
+"""What looked best of all, with more seeds."""
+
 
 def make_base(name: str, num_classes: int, embedding_size: int) -> Any:
     """A base loss with PML's defaults, but for the temperature of SupCon, and its miner if it needs one."""
@@ -113,5 +149,5 @@ def make_base(name: str, num_classes: int, embedding_size: int) -> Any:
 
 BASE_LOSSES = ("ProxyAnchor", "MultiSimilarity", "SupCon", "Triplet", "NormalizedSoftmax")
 
-CHOSEN: dict[str, Settings] = {"faithful": FAITHFUL}
-"""What is tested."""
+CHOSEN: dict[str, Settings] = {"faithful": FAITHFUL, "neighbours of inputs": INPUTS}
+"""What is tested: the method as it is, and the change that won among validation classes."""

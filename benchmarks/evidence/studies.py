@@ -16,12 +16,12 @@ from tqdm import tqdm
 from benchmarks.report import RESULTS
 
 from . import data, training
-from .settings import BASE_LOSSES, CANDIDATES, CHOSEN, FAITHFUL, Settings, sweep
+from .settings import BASE_LOSSES, CANDIDATES, CHOSEN, COMBINATIONS, FAITHFUL, FINALISTS, Settings, sweep
 
 __all__ = ["FOLDER", "SEEDS", "Run", "learning_rates", "perform", "read", "runs"]
 
 FOLDER = RESULTS / "evidence"
-SEEDS = {"base": 3, "sweep": 3, "candidates": 3, "test": 10}
+SEEDS = {"base": 3, "sweep": 3, "candidates": 3, "combinations": 1, "finalists": 3, "test": 10}
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 TUNED_ON = ("ProxyAnchor", "SupCon")
 """Base losses that settings of HIER are chosen with."""
@@ -56,7 +56,13 @@ def runs(study: str, datasets: Sequence[str], seeds: int | None = None, folder: 
         return
     rates = learning_rates(folder)
     test = study == "test"
-    methods = {"alone": ALONE} | {"sweep": sweep(), "candidates": CANDIDATES, "test": CHOSEN}[study]
+    methods = {"alone": ALONE} | {
+        "sweep": sweep(),
+        "candidates": CANDIDATES,
+        "combinations": COMBINATIONS,
+        "finalists": FINALISTS,
+        "test": CHOSEN,
+    }[study]
     bases = BASE_LOSSES if test else TUNED_ON
     datasets = [name for name in datasets if test or name != "digits"]  # too few classes to choose anything on
     for seed, dataset, base, method in itertools.product(range(seeds), datasets, bases, methods):

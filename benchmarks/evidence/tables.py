@@ -50,6 +50,8 @@ def text(sample: Iterable[float], digits: int = 1) -> str:
     if not sample:
         return ""
     mean, half = interval(sample)
+    if len(sample) == 1:
+        return f"{mean:+.{digits}f}"
     written = f"{mean:+.{digits}f} ± {half:.{digits}f}"
     return f"**{written}**" if abs(mean) > half else written
 
@@ -239,7 +241,7 @@ def of_study(study: str, rows: Rows) -> Iterator[tuple[str, str]]:
     """Titles and tables of a study."""
     if study == "base":
         yield "MAP@R of the base losses alone, among validation classes, by learning rate", rates_table(rows)
-    elif study in ("sweep", "candidates"):
+    elif study in ("sweep", "candidates", "combinations", "finalists"):
         yield "Difference to the base loss alone, among validation classes", tuning_table(rows)
     elif rows:
         for metric in ("R@1", "MAP@R", "superclass R@1", "superclass P@20", "H-AP"):

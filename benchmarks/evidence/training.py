@@ -107,18 +107,6 @@ class _Noise(HIERLoss):  # type: ignore[misc]
         return gumbel - self.settings.balance * (self.usage + 0.05).log()
 
 
-class _NeighborsOf(ReciprocalNeighborMiner):  # type: ignore[misc]
-    """Reciprocal neighbours among other features than the embeddings, those of the batch in ``features``."""
-
-    features: Tensor
-    label_bonus = True
-
-    def mine(self, embeddings: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-        distances = torch.cdist(self.features, self.features)
-        triplets = self.sample(distances, labels if self.label_bonus else None)
-        return tuple(index[triplets[3]] for index in triplets[:3])  # type: ignore[return-value]
-
-
 class Training:
     """Network, losses and optimizer of one run."""
 
@@ -145,9 +133,7 @@ class Training:
         ball = geoopt.PoincareBall(c=s.c, learnable=True) if s.learn_curvature else s.c
         distance = PoincareDistance(ball, s.clip_radius, normalize_embeddings=not s.manifold)
         counts = {"num_neighbors": s.num_neighbors, "triplets_per_anchor": s.triplets_per_anchor}
-        other = s.neighbors != "embeddings"
-        miner = (_NeighborsOf if other else ReciprocalNeighborMiner)(distance=distance, **counts)
-        miner.label_bonus = s.label_bonus
+        miner = ReciprocalNeighborMiner(distance=distance, **counts)
         self.hier = _Noise(
             s.num_proxies, EMBEDDING_SIZE, s.margin, s.temperature, miner, distance=distance, collect_stats=True
         )
@@ -204,9 +190,10 @@ class Training:
 
     def _with_memory(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         s = self.settings
+        if not s.label_bonus:
+            return embeddings, None
         if not s.memory:
-            plain = s.label_bonus or s.neighbors != "embeddings"
-            return embeddings, labels if plain else None
+            return embeddings, labels
         both = embeddings, labels
         if self.queue is not None:
             both = torch.cat([embeddings, self.queue[0]]), torch.cat([labels, self.queue[1]])
