@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help quickstart test format build clean
+.PHONY: help quickstart test test-benchmarks test-lowest soak fuzz format docs build clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
 
 quickstart: $(VENV)/examples.stamp ## Run the quickstart example
 	$(BIN)/python examples/quickstart.py
@@ -17,9 +17,32 @@ test: $(VENV)/dev.stamp ## Check style and types, run all tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+test-benchmarks: ## Test the retrieval benchmarks, in an environment of their own
+	$(MAKE) VENV=.venv-benchmarks .venv-benchmarks/benchmarks.stamp
+	.venv-benchmarks/bin/python -m pip install --quiet --constraint constraints.txt pytest sybil
+	.venv-benchmarks/bin/python -m pytest tests/test_retrieval_benchmarks.py
+
+test-lowest: .venv-lowest/stamp ## Run the tests with the lowest versions, on Python 3.10
+	.venv-lowest/bin/python -m pytest --ignore tests/test_package.py --ignore tests/test_examples.py \
+		--ignore tests/test_retrieval_benchmarks.py --ignore tests/test_docs.py
+
+.venv-lowest/stamp: pyproject.toml requirements-lowest.txt
+	python3.10 -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --requirement requirements-lowest.txt --editable .
+	touch $@
+
+soak: $(VENV)/dev.stamp ## Train 20,000 steps in each precision, and print what to watch
+	$(BIN)/python tests/soak.py
+
+fuzz: $(VENV)/dev.stamp ## Fuzz with a million random cases, for an hour or so
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py
+
 format: $(VENV)/dev.stamp ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(VENV)/docs.stamp ## Build the documentation in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 build: $(VENV)/dev.stamp ## Build sdist and wheel in dist/
 	rm -rf dist
@@ -27,7 +50,7 @@ build: $(VENV)/dev.stamp ## Build sdist and wheel in dist/
 	$(BIN)/twine check --strict dist/*
 
 clean: ## Delete everything that the other targets make
-	rm -rf $(VENV) dist quickstart.png .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-benchmarks .venv-lowest dist site quickstart.png .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment for all targets; a stamp says that an extra is installed.

@@ -1,18 +1,21 @@
-"""Prints tables and writes JSON and plots: ``python -m benchmarks speed growth distances``."""
+"""Prints tables and writes JSON and plots: ``python -m benchmarks speed growth distances search``."""
 
 import argparse
 from pathlib import Path
 
 import torch
 
-from benchmarks import distances, speed
+from benchmarks import distances, search, speed
 from benchmarks.report import show, write
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="speed|growth|distances", default=["speed", "growth", "distances"]
+        "names",
+        nargs="*",
+        metavar="speed|growth|distances|search",
+        default=["speed", "growth", "distances", "search"],
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps of each size (default: 10)")
@@ -20,9 +23,10 @@ def main() -> None:
         "--output", type=Path, help="folder for JSON and plots (default: benchmarks/results, docs/images)"
     )
     args = parser.parse_args()
-    unknown = set(args.names) - {"speed", "growth", "distances"}
+    unknown = set(args.names) - {"speed", "growth", "distances", "search"}
     if unknown:
-        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are speed, growth and distances")
+        names = "speed, growth, distances and search"
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {names}")
     device = torch.device(args.device)
     suffix = "" if device.type == "cpu" else f"-{device.type}"
 
@@ -50,6 +54,10 @@ def main() -> None:
         show("The worst cells of these", distances.worst(rows))
         show("Time of all pairs, forward and backward", distances.speed(args.device, args.repeats))
         write("distances", torch.device("cpu"), rows, distances.plot(rows), args.output)
+    if "search" in args.names:
+        rows = search.compare(args.repeats)
+        show("10 nearest of 100,000 references for 10,000 queries, 128 dimensions, on the CPU", rows)
+        write("search", torch.device("cpu"), rows, None, args.output)
 
 
 if __name__ == "__main__":

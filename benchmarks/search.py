@@ -17,7 +17,7 @@ Search = Callable[[], Tensor]
 
 
 def make_data(references: int, queries: int, dim: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Embeddings of classes, as a trained network gives them: norms from 0.9 to 3, some of them clipped."""
+    """Embeddings in classes, with norms below and above the clip radius."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(classes, dim, generator=generator)
 
@@ -36,7 +36,7 @@ def compare(
     dim: int = 128,
     k: int = 10,
     classes: int = 1000,
-    beams: tuple[int, ...] = (32, 128, 512),
+    beams: tuple[int, ...] = (32, 64, 128),
 ) -> list[dict[str, Any]]:
     """One row for each search: seconds, and the share of the k nearest that it finds.
 
@@ -67,6 +67,7 @@ def compare(
 
     approximate = PoincareKNN(index=graph)
     approximate.train(reference)
+    progress = tqdm(total=(3 + len(beams)) * (repeats + 1), unit="search", desc="building the graph")
     start = time.perf_counter()
     approximate(query[:1], k)
     building = time.perf_counter() - start
@@ -83,13 +84,14 @@ def compare(
 
     def keeping(name: str, search: Search) -> Search:
         def run() -> Tensor:
+            progress.set_description(name)
             found[name] = search()
             progress.update()
             return found[name]
 
         return run
 
-    with tqdm(total=len(searches) * (repeats + 1), unit="search") as progress:
+    with progress:
         times = side_by_side({name: keeping(name, search) for name, search in searches.items()}, "cpu", repeats)
     euclidean = statistics.median(times["FAISS, IndexFlatL2"])
     return [

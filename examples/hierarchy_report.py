@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
 from pytorch_metric_learning import losses
 from rich.console import Console
 from rich.table import Table
@@ -65,10 +66,8 @@ def main() -> None:
     pictures = np.repeat(np.repeat(1 - images[chosen].squeeze(1).numpy(), 4, 1), 4, 2)
     names = {digit: f"digit {digit}" for digit in range(10)}
     for kind in ("disk", "dendrogram"):
-        axes = tree.plot(kind, labels=labels, class_names=names, images=pictures)
-        figure = axes.get_figure(root=True)
-        assert figure is not None
-        figure.savefig(args.output / f"{kind}.png", dpi=110, bbox_inches="tight")
+        tree.plot(kind, labels=labels, class_names=names, images=pictures)
+        plt.savefig(args.output / f"{kind}.png", dpi=110, bbox_inches="tight")
     tree.to_html(args.output / "hierarchy.html", labels=labels, class_names=names, images=pictures)
     print(f"Wrote disk.png, dendrogram.png and hierarchy.html to {args.output}")
 

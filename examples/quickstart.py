@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import pyplot as plt
 from pytorch_metric_learning import losses, samplers
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -62,16 +63,14 @@ def main() -> None:
     Console().print(table_of(scores))
     with torch.no_grad():
         embeddings = model.eval()(test_set[0])
-    axes = plot_embeddings(
+    plot_embeddings(
         embeddings,
         test_set[1],
         hier.proxies,
         distance=hier.distance,
         class_names={digit: f"digit {digit}" for digit in range(5, 10)},
     )
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.savefig(args.output, dpi=120, bbox_inches="tight")
+    plt.savefig(args.output, dpi=120, bbox_inches="tight")
     print(f"Digits never seen in training, and the proxies that HIER learned: {args.output}")
 
 

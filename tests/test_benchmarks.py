@@ -14,7 +14,7 @@ import reference
 import torch
 from PIL import Image
 
-from benchmarks import distances, hierarchy, plain, speed
+from benchmarks import distances, hierarchy, plain, search, speed
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -123,6 +123,27 @@ def test_command_writes_json_and_plot(tmp_path):
     wrong = subprocess.run([*command[:3], "sped"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert "no benchmark is called sped" in wrong.stderr
+
+
+def test_search_beside_faiss():
+    """In small: who finds what. The graph finds nearly all, indexes for other spaces do not."""
+    rows = {
+        row["search"]: row
+        for row in search.compare(2, references=800, queries=50, dim=16, k=5, classes=8, beams=(16, 64))
+    }
+    assert list(rows) == [
+        "FAISS, IndexFlatL2",
+        "FAISS, IndexFlatIP",
+        "PoincareKNN",
+        "PoincareKNN, HNSW32, efSearch=16",
+        "PoincareKNN, HNSW32, efSearch=64",
+    ]
+    assert rows["PoincareKNN"]["found %"] == 100
+    assert rows["PoincareKNN, HNSW32, efSearch=64"]["found %"] > 97
+    assert rows["FAISS, IndexFlatIP"]["found %"] < rows["FAISS, IndexFlatL2"]["found %"] < 95
+    assert rows["FAISS, IndexFlatL2"]["times IndexFlatL2"] == 1
+    assert all(row["n"] == 2 and row["least ms"] > 0 for row in rows.values())
+    assert search.recall(torch.tensor([[1, 2, 9], [4, 5, 6]]), torch.tensor([[2, 3], [6, 4]])) == 0.75
 
 
 # --- the study of hierarchies -------------------------------------------------------------------------------

@@ -7,6 +7,11 @@ import torch
 
 from hierloss import HIERLoss, functional, poincare
 
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < "2.13",
+    reason="compiles with torch 2.13; 2.3 and 2.5 cannot trace its autograd functions, others were not tried",
+)
+
 
 def values_and_gradients(function, *inputs):
     torch.manual_seed(0)

@@ -244,6 +244,7 @@ def test_curvature_of_a_geoopt_ball_is_learned():
         ({"c": -1.0}, r"c must be a finite positive number, got -1.0"),
         ({"c": float("nan")}, r"c must be a finite positive number, got nan"),
         ({"c": "0.1"}, r"c must be a positive number or a geoopt.PoincareBall, got str"),
+        ({"c": geoopt.PoincareBall(c=1e3, learnable=True)}, r"c of the geoopt.PoincareBall must be .* got inf"),
         ({"c": geoopt.Euclidean()}, r"c must be .* got Euclidean"),
         ({"clip_radius": 0}, r"clip_radius must be a finite positive number, got 0"),
         ({"clip_radius": True}, r"clip_radius must be a positive number, got True of type bool"),

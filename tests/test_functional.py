@@ -238,6 +238,53 @@ def test_the_first_arrival_is_at_a_finite_time(monkeypatch):
     assert grad.isfinite().all()
 
 
+def test_memory_layout_does_not_matter():
+    """Backward of transposed or expanded distances once failed."""
+    distances, triplets = distance_matrix(points(6), points(8, seed=1)), torch.tensor(random_triplets(6, 50)).T
+    noise = gumbel(2, 50, 8)
+    for same in (distances, distances[:1].expand(6, 8)):
+        results = []
+        for d in (same.contiguous(), same.T.contiguous().T, same, same.repeat_interleave(2, 0)[::2]):
+            d = d.detach().requires_grad_()
+            losses, _ = functional.hierarchical_triplet_loss(d, triplets, noise=noise, margin=5.0)
+            results.append((losses, torch.autograd.grad(losses.sum(), d)[0]))
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_distance_that_is_not_finite_spoils_every_loss(bad):
+    """Draws from such weights mean nothing; -inf was once taken for a very near proxy."""
+    distances = distance_matrix(points(6), points(8, seed=1))
+    distances[5, 3] = bad
+    for noise in (None, torch.zeros(2, 1, 8)):
+        losses, _ = functional.hierarchical_triplet_loss(distances, torch.tensor([[0], [1], [2]]), noise=noise)
+        assert losses.isnan().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_noise_that_is_not_finite_spoils_its_triplet(bad, side):
+    distances, noise = distance_matrix(points(6), points(8, seed=1)), gumbel(2, 3, 8)
+    noise[side, 1, 4] = bad
+    triplets = torch.tensor([[0, 1, 2], [1, 2, 3], [2, 3, 4]])
+    losses, _ = functional.hierarchical_triplet_loss(distances, triplets, noise=noise)
+    assert losses.isnan().tolist() == [False, True, False]
+
+
+def test_noise_of_minus_infinity_keeps_a_proxy_from_being_drawn():
+    distances, noise = distance_matrix(points(6), points(8, seed=1)).requires_grad_(), gumbel(2, 50, 8)
+    noise[..., :5] = -math.inf
+    losses, ancestors = functional.hierarchical_triplet_loss(
+        distances, torch.tensor(random_triplets(6, 50)).T, noise=noise, margin=5.0
+    )
+    (grad,) = torch.autograd.grad(losses.sum(), distances)
+    assert ancestors.min() == 5
+    assert losses.isfinite().all()
+    assert grad.isfinite().all()
+    assert (grad[:, :5] == 0).all()
+
+
 def test_nan_goes_through():
     distances = distance_matrix(points(6), points(8, seed=1))
     distances[0, 3] = math.nan

@@ -356,7 +356,10 @@ def test_miner_settings_hold_for_the_proxies():
         lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9),
         lambda p: torch.optim.Adam(p, lr=0.1),
         lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
-        lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+        pytest.param(
+            lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+            marks=pytest.mark.skipif(torch.__version__ < "2.4", reason="fused on a CPU since torch 2.4"),
+        ),
         lambda p: geoopt.optim.RiemannianAdam(p, lr=0.1),
     ],
 )
@@ -576,6 +579,21 @@ def test_autocast_does_not_reach_other_miners():
 
 
 # --- curvature ----------------------------------------------------------------------------------------------
+
+
+def test_learned_curvature_warns_of_nothing():
+    """torch warns, once per process unless told otherwise, of a number made from a tensor with gradient."""
+    distance = PoincareDistance(c=geoopt.PoincareBall(c=0.3, learnable=True), clip_radius=None)
+    embeddings, labels = batch()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss_func = small(distance=distance)
+            loss_func(embeddings, labels).backward()
+            assert "c=0.3" in repr(loss_func)
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_two_losses_with_different_curvature():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import hierloss
 
@@ -91,6 +92,22 @@ def test_dependencies_are_exactly_four(built):
     requirements = map(Requirement, HeaderParser().parsestr(text).get_all("Requires-Dist"))
     needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     assert {r.name for r in needed} == DEPENDENCIES
+
+
+def test_lowest_versions_are_the_bounds_of_the_metadata(built):
+    """`make test-lowest` runs what pyproject.toml promises."""
+    with zipfile.ZipFile(built[1]) as archive:
+        text = archive.read(f"hierloss-{hierloss.__version__}.dist-info/METADATA").decode()
+    bounds: dict[str, Version] = {}
+    for requirement in map(Requirement, HeaderParser().parsestr(text).get_all("Requires-Dist")):
+        for specifier in requirement.specifier:
+            if specifier.operator == ">=":
+                version = Version(specifier.version)
+                bounds[requirement.name] = min(version, bounds.get(requirement.name, version))
+    lines = (ROOT / "requirements-lowest.txt").read_text().splitlines()
+    lowest = {name: Version(pin) for name, _, pin in (line.partition("==") for line in lines if line[0] != "#")}
+    assert set(lowest) >= DEPENDENCIES
+    assert lowest == {name: bounds[name] for name in lowest}
 
 
 def test_wheel_works_in_an_empty_environment(installed):

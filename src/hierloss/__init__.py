@@ -6,6 +6,7 @@ from .hierarchy import Hierarchy
 from .losses import HIERLoss
 from .miners import ReciprocalNeighborMiner
 from .modules import FromPoincare, ToPoincare
+from .retrieval import PoincareKNN
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "HIERLoss",
     "Hierarchy",
     "PoincareDistance",
+    "PoincareKNN",
     "ReciprocalNeighborMiner",
     "ToPoincare",
     "functional",

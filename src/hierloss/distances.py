@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import poincare
 from ._checks import check_curvature, check_number
-from .modules import current_c
+from .modules import as_number, current_c
 
 __all__ = ["PoincareDistance"]
 
@@ -98,4 +98,4 @@ class PoincareDistance(BaseDistance):  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         on_ball = "" if self.normalize_embeddings else ", normalize_embeddings=False"
-        return f"c={float(self.c):g}, clip_radius={self.clip_radius}{on_ball}"
+        return f"c={as_number(self.c):g}, clip_radius={self.clip_radius}{on_ball}"

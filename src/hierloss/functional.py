@@ -156,7 +156,8 @@ def hierarchical_triplet_loss(
         triplets: ``(anchors, positives, negatives)``, each of shape ``(T,)``, indices of rows.
         margin: ``m``.
         temperature: :math:`\tau`, positive.
-        noise: Gumbel noise of shape ``(2, T, P)`` for the two draws. Zeros choose the most probable ancestor.
+        noise: Gumbel noise of shape ``(2, T, P)`` for the two draws. Zeros choose the most probable ancestor, and
+            -inf keeps a proxy from being drawn.
         generator: source of the random numbers where ``noise`` is not given.
 
     Returns:
@@ -191,7 +192,7 @@ def hierarchical_triplet_loss(
         expected = (2, indices.shape[1], distances.shape[1])
         raise ValueError(f"noise must have shape {expected}, (2, T, P), got shape {tuple(noise.shape)}")
     # Half precision has too few digits for weights that are exponentials.
-    distances = distances.to(torch.promote_types(distances.dtype, torch.float32))
+    distances = distances.to(torch.promote_types(distances.dtype, torch.float32)).contiguous()
     losses, ancestors = _HierarchicalTripletLoss.apply(distances, indices, margin, temperature, noise, generator)
     return HierarchicalTripletLoss(losses, ancestors)
 
@@ -200,15 +201,18 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
     @staticmethod
     def forward(distances, triplets, margin, temperature, noise, generator):  # type: ignore[no-untyped-def]
         logits = distances / -temperature
-        chunks = []
+        chunks, zeros = [], []
         for here in _chunks(triplets.shape[1], distances):
             _, ancestor_logits = _rows_and_ancestor_logits(logits, triplets[:, here])
             if noise is not None:
-                chunks.append(ancestor_logits.add_(noise[:, here]).argmax(-1))
+                highest, drawn = ancestor_logits.add_(noise[:, here]).max(-1)
+                chunks.append(drawn)
+                zeros.append(highest.sum(0) * 0)  # NaN if the noise is
             else:
                 chunks.append(_inverse_cdf(ancestor_logits.softmax(-1), generator))
         ancestors = torch.cat(chunks, 1)
-        return _terms(distances, triplets, ancestors, margin).clamp_min_(0).sum(0), ancestors
+        losses = _terms(distances, triplets, ancestors, margin).clamp_min_(0).sum(0)
+        return losses + torch.cat(zeros) if zeros else losses, ancestors
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -291,7 +295,7 @@ def _terms(distances: Tensor, triplets: Tensor, ancestors: Tensor, margin: float
     gap = near - far
     gap[2].neg_()
     # The zero is NaN if any distance is not finite: draws from such weights mean nothing and must not look fine.
-    return (gap + margin) * (ancestors[0] != ancestors[1]) + distances.amax() * 0
+    return (gap + margin) * (ancestors[0] != ancestors[1]) + (distances.amax() - distances.amin()) * 0
 
 
 def _rows_and_ancestor_logits(logits: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:

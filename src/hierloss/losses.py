@@ -16,6 +16,7 @@ from ._checks import check_count, check_embeddings, check_labels, check_number
 from .distances import PoincareDistance
 from .hierarchy import Hierarchy, initial_proxies
 from .miners import ReciprocalNeighborMiner
+from .modules import as_number
 
 __all__ = ["HIERLoss"]
 
@@ -73,9 +74,11 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     Attributes:
         proxies: the parameter, tangent vectors at the origin, shape ``(P, D)``.
-        num_triplets, fraction_active, num_ancestors, fraction_clipped: with ``collect_stats``, of the last
-            batch: triplets among embeddings and proxies; the share of them with a loss above 0; how many
-            different proxies were drawn as ancestors; the share of embeddings at the clip radius.
+        num_triplets: triplets among embeddings and proxies. This and what follows with ``collect_stats``, of the
+            last batch.
+        fraction_active: the share of them with a loss above 0.
+        num_ancestors: how many different proxies were drawn as ancestors.
+        fraction_clipped: the share of embeddings at the clip radius.
 
     Raises:
         TypeError, ValueError: an argument is not what is described above; embeddings of another width than the
@@ -252,7 +255,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if getattr(type(self.miner), "mine", None) is ReciprocalNeighborMiner.mine:
             # Fixed shapes, unlike what a PML miner returns, so that the host need not wait for the device.
             miner = self._proxy_miner
-            mined = miner.sample(miner.distance(embeddings), labels, random=self.training)
+            mined = miner.sample(miner.distances(embeddings), labels, random=self.training)
             # A mean can leave invalid triplets out by itself; other reducers need the list without them.
             return _drop_invalid(mined, wait=not self._sample_loss_is_averaged())
         if labels is None:
@@ -343,7 +346,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         """Size the proxies, on the device of ``like``, and start them at random."""
         radius = self.distance.clip_radius
         if radius is None:
-            radius = float(self.distance.c) ** -0.5  # where the exponential map begins to saturate
+            radius = as_number(self.distance.c) ** -0.5  # where the exponential map begins to saturate
         device = self.proxies.data.device if like is None else like.device
         self._set_proxies(
             torch.randn(self.num_proxies, embedding_size, device=device)

@@ -62,7 +62,7 @@ class ToPoincare(torch.nn.Module):
 
     def extra_repr(self) -> str:
         riemannian = ", riemannian_gradient=True" if self.riemannian_gradient else ""
-        return f"c={float(self.c):g}, clip_radius={self.clip_radius}{riemannian}"
+        return f"c={as_number(self.c):g}, clip_radius={self.clip_radius}{riemannian}"
 
 
 class FromPoincare(torch.nn.Module):
@@ -99,7 +99,12 @@ class FromPoincare(torch.nn.Module):
         return poincare.log_map0(x, self.c)
 
     def extra_repr(self) -> str:
-        return f"c={float(self.c):g}"
+        return f"c={as_number(self.c):g}"
+
+
+def as_number(c: float | Tensor) -> float:
+    """``c`` as a number, also where it is learned; float() of such a tensor warns."""
+    return float(c.item() if isinstance(c, Tensor) else c)
 
 
 def current_c(curvature: float | geoopt.PoincareBall) -> float | Tensor:

@@ -18,11 +18,15 @@ import math
 import torch
 from torch import Tensor
 
+from ._checks import check_number
+
 __all__ = [
     "clip_norm",
     "distance",
     "exp_map0",
     "from_hyperboloid",
+    "lift_queries",
+    "lift_references",
     "log_map0",
     "pairwise_distance",
     "project",
@@ -47,12 +51,20 @@ def boundary_eps(dtype: torch.dtype) -> float:
 
 
 def min_norm(dtype: torch.dtype) -> float:
-    """The norm below which ``tanh(n) / n`` is taken as 1: the square root of the smallest normal number.
+    """The norm below which a vector is taken as 0: the cube root of the smallest normal number.
 
-    The ratio is 0 / 0 at the origin; below this norm it equals 1 in every digit, and the square of any
-    larger norm is still a normal number.
+    Differentiating a norm twice divides by its cube, which of any larger norm is still a normal number.
     """
-    return math.sqrt(torch.finfo(dtype).tiny)
+    return float(torch.finfo(dtype).tiny ** (1 / 3))
+
+
+def linear_norm(dtype: torch.dtype) -> float:
+    """The norm ``n`` below which ``tanh(n) / n`` is taken as 1: half the square root of the precision.
+
+    The ratio is 0 / 0 at the origin; below this norm it equals 1 in every digit, and its derivative 0. Worked out,
+    the derivative would be a rounding error of ``eps / n``, and the second one of ``eps / n^2``.
+    """
+    return math.sqrt(torch.finfo(dtype).eps) / 2
 
 
 def coincident_eps(dtype: torch.dtype, dim: int) -> float:
@@ -91,20 +103,19 @@ def _sqrt(c: float | Tensor, like: Tensor) -> Tensor:
     """``sqrt(c)`` as a 0-dim tensor of the dtype of ``like``."""
     if isinstance(c, Tensor):
         root: Tensor = c.to(like.dtype).sqrt()
-        return root
-    return torch.full((), math.sqrt(c), dtype=like.dtype, device=like.device)
+        return root + 0 * root  # NaN if infinite: a ball without inside must not pass for one point
+    return torch.full((), math.sqrt(check_number("c", c)), dtype=like.dtype, device=like.device)
 
 
 def _norm(x: Tensor) -> Tensor:
     """Euclidean norm of the rows, kept as a column, never 0, with gradient 0 at the origin."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.clamp_min(min_norm(x.dtype))
+    # torch's own norm cannot be differentiated twice at the origin.
+    return x.square().sum(-1, keepdim=True).clamp_min(min_norm(x.dtype) ** 2).sqrt()
 
 
 def _conformal(x: Tensor) -> Tensor:
     """``1 / sqrt(1 - |x|^2)`` for points ``x`` of the unit ball, as a column."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return ((1 - norm) * (1 + norm)).rsqrt()
+    return (1 - x.square().sum(-1, keepdim=True)).rsqrt()
 
 
 # --- maps ---------------------------------------------------------------------------------------------------
@@ -129,6 +140,7 @@ def clip_norm(v: Tensor, radius: float | None) -> Tensor:
     """
     if radius is None:
         return v.to(result_dtype(v))
+    check_number("radius", radius, positive=False)
     w = _working(v)
     return (w * (radius / _norm(w).clamp_min(radius))).to(result_dtype(v))
 
@@ -181,7 +193,7 @@ def exp_map0(v: Tensor, c: float | Tensor) -> Tensor:
     """
     dtype = result_dtype(v)
     w = _working(v)
-    norm = _sqrt(c, w) * _norm(w)
+    norm = _norm(_sqrt(c, w) * w).clamp_min(linear_norm(w.dtype))
     tanh = norm.tanh()
     return (w * (tanh / norm) * _inside(tanh, dtype)).to(dtype)
 
@@ -205,7 +217,7 @@ def log_map0(x: Tensor, c: float | Tensor) -> Tensor:
     Source: Ganea et al. (2018), lemma 2.
     """
     w = _working(project(x, c))
-    norm = _sqrt(c, w) * _norm(w)
+    norm = _norm(_sqrt(c, w) * w).clamp_min(linear_norm(w.dtype))
     return (w * (norm.atanh() / norm)).to(result_dtype(x))
 
 
@@ -243,7 +255,9 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
     Source: Ratcliffe, theorem 4.5.1, in the form that cancels nowhere.
     """
     p, q = _unit_ball(x, c), _unit_ball(y, c)
-    gap: Tensor = torch.linalg.vector_norm(p - q, dim=-1)
+    squared = (p - q).square().sum(-1)
+    same = squared < min_norm(p.dtype) ** 2  # where the gradient, and its own, are taken as 0
+    gap = squared.masked_fill(same, 1).sqrt().masked_fill(same, 0)
     ratio = gap * (_conformal(p) * _conformal(q)).squeeze(-1)
     return (2 / _sqrt(c, p) * ratio.asinh()).to(result_dtype(x, y))
 
@@ -273,7 +287,8 @@ def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtyp
     Source: as `distance`; the Gram matrix without cancellation follows Ozaki, Ogita, Oishi, Rump,
     "Error-free transformations of matrix multiplication" (Numerical Algorithms, 2012).
     """
-    p, q = _unit_ball(x, c), _unit_ball(y, c)
+    p = _unit_ball(x, c)
+    q = p if y is x else _unit_ball(y, c)
     result: Tensor = _PairwiseDistance.apply(
         p, q, _conformal(p), _conformal(q), 1 / _sqrt(c, p), dtype or result_dtype(x, y)
     )
@@ -357,8 +372,7 @@ def to_hyperboloid(x: Tensor, c: float | Tensor) -> Tensor:
     .. math:: s = \frac{2x}{1 - c|x|^2}, \qquad t = \frac{1}{\sqrt c} \frac{1 + c|x|^2}{1 - c|x|^2}
 
     For lifted points, ``cosh(sqrt(c) d(x, y)) = c (t_x t_y - <s_x, s_y>)``. With the time coordinate of the
-    query negated, the nearest point is therefore the one of greatest inner product, which is what FAISS and
-    any vector database search for.
+    query negated, the nearest point is therefore the one of greatest inner product: see `lift_references`.
 
     Args:
         x: points of shape ``(..., D)``; those on or outside the boundary are projected first.
@@ -400,7 +414,84 @@ def from_hyperboloid(points: Tensor, c: float | Tensor) -> Tensor:
     """
     w = _working(points)
     space, time = w[..., :-1], w[..., -1:]
-    return project((space / (1 + _sqrt(c, w) * time)).to(result_dtype(points)), c)
+    # The zero is NaN for an infinite time, which must not pass for the origin.
+    return project((space / (1 + _sqrt(c, w) * time + 0 * time)).to(result_dtype(points)), c)
+
+
+# --- search by inner product --------------------------------------------------------------------------------
+
+
+def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = None) -> Tensor:
+    r"""Vectors to store where search is by inner product: in FAISS, or in a vector database.
+
+    .. math:: y' = \left(s_y,\; t_y,\; \sqrt{L^2 - |s_y|^2 - t_y^2}\right), \qquad
+        \langle x'', y' \rangle = -\cosh(\sqrt c\,d(x, y))
+
+    with ``(s, t)`` of `to_hyperboloid` and ``x''`` of `lift_queries`. The inner product falls as the distance
+    grows, so the references of greatest inner product are the nearest ones: maximum inner product search is
+    hyperbolic search. The last coordinate meets a 0 in every query. It gives all vectors the length ``L``, because
+    graphs of neighbours such as HNSW link vectors by the same inner product, and would link all of them to the
+    longest ones.
+
+    Args:
+        x: points of shape ``(..., D)``; those on or outside the boundary are projected first.
+        c: minus the curvature, positive.
+        max_distance: largest distance from the origin of all points that will be stored together, if they do not
+            come in one call: ``2 * clip_radius`` for embeddings of a `PoincareDistance`. From ``x`` if ``None``.
+
+    Returns:
+        Vectors of shape ``(..., D + 2)``, at least float32.
+
+    Example:
+        >>> references, query = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.8, 0.0]]), torch.tensor([[0.6, 0.0]])
+        >>> scores = lift_queries(query, c=1.0) @ lift_references(references, c=1.0).T
+        >>> scores.argmax(), distance(query, references, c=1.0).argmin()
+        (tensor(1), tensor(1))
+
+    Source: Nickel, Kiela, "Learning Continuous Hierarchies in the Lorentz Model of Hyperbolic Geometry" (ICML
+    2018), equation 5, for the distance; Bachrach et al., "Speeding Up the Xbox Recommender System Using a
+    Euclidean Transformation for Inner-Product Spaces" (RecSys 2014) for the last coordinate.
+    """
+    lifted = to_hyperboloid(x, c)
+    squared = lifted.square().sum(-1, keepdim=True)
+    if max_distance is None:
+        longest = squared.amax() if squared.numel() else squared.new_zeros(())
+    else:
+        root = _sqrt(c, lifted)
+        farthest = 2 * math.atanh(1 - boundary_eps(lifted.dtype))  # of any point from the origin, for c = 1
+        longest = (2 * (root * max_distance).clamp_max(farthest)).cosh() / root.square()
+    rest = longest - squared
+    is_longest = rest <= 0  # where the square root has no gradient
+    return torch.cat([lifted, rest.masked_fill(is_longest, 1).sqrt().masked_fill(is_longest, 0)], -1)
+
+
+def lift_queries(x: Tensor, c: float | Tensor) -> Tensor:
+    r"""Vectors to ask with where `lift_references` are stored.
+
+    .. math:: x'' = c\,(s_x,\; -t_x,\; 0), \qquad \langle x'', y' \rangle = -\cosh(\sqrt c\,d(x, y))
+
+    From a score, the distance is ``arcosh(-score) / sqrt(c)``. Scores in float32 lose it for near pairs, and far
+    from the origin for all: take a few more candidates than needed, and order them by `distance`.
+
+    Args:
+        x: points of shape ``(..., D)``; those on or outside the boundary are projected first.
+        c: minus the curvature, positive.
+
+    Returns:
+        Vectors of shape ``(..., D + 2)``, at least float32.
+
+    Example:
+        >>> query, reference = torch.tensor([[0.6, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> score = lift_queries(query, c=1.0) @ lift_references(reference, c=1.0).T
+        >>> (-score).acosh(), distance(query, reference, c=1.0)
+        (tensor([[1.3863]]), tensor([1.3863]))
+
+    Source: as `lift_references`.
+    """
+    lifted = to_hyperboloid(x, c)
+    c = _sqrt(c, lifted).square()
+    space, time = lifted[..., :-1], lifted[..., -1:]
+    return torch.cat([c * space, -c * time, torch.zeros_like(time)], -1)
 
 
 # --- gradients ----------------------------------------------------------------------------------------------
@@ -421,7 +512,7 @@ class _RiemannianGradient(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, root = ctx.saved_tensors
         w = _working(x)
-        scale = (1 - (root * w).square().sum(-1, keepdim=True)).square() / 4
+        scale = (1 - (root * w).square().sum(-1, keepdim=True)).clamp_min(0).square() / 4
         return (grad * scale).to(grad.dtype), None
 
 
@@ -430,7 +521,8 @@ def riemannian_gradient(x: Tensor, c: float | Tensor) -> Tensor:
 
     .. math:: \nabla^{\mathrm{riem}} = \frac{(1 - c|x|^2)^2}{4} \nabla
 
-    The official HIER code passes both losses through it. ``c`` itself receives no gradient here.
+    The official HIER code passes both losses through it. ``c`` itself receives no gradient here. On the boundary
+    and outside of it the factor is 0.
 
     Args:
         x: points of shape ``(..., D)``.
