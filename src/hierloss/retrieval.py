@@ -1,0 +1,327 @@
+"""Nearest neighbours on the Poincaré ball, for PML's evaluators and testers.
+
+Conventions of this file
+    - N queries, M references, D dimensions, k neighbours.
+    - Inside, points ``p`` are on the ball of radius 1 and curvature -1, in float64; distances are scaled back at
+      the end.
+    - Of equal distances, the lower index comes first.
+"""
+
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_metric_learning.utils.inference import return_results
+from torch import Tensor
+
+from . import poincare
+from ._checks import check_count, check_embeddings
+from .distances import PoincareDistance
+
+__all__ = ["PoincareKNN"]
+
+Found = tuple[Tensor, Tensor, Tensor]
+"""Distances ``(N, k)``, indices ``(N, k)``, and for which queries these are sure to be right ``(N,)``."""
+
+_EXTRA = 16
+"""Candidates beyond k. More cost time in every search; with fewer, more queries are searched again."""
+
+_CHUNK_CELLS = 2**22
+"""Numbers that are worked on at a time: 32 MB in float64."""
+
+
+class PoincareKNN:
+    r"""The k nearest references of every query in hyperbolic distance: a ``knn_func`` of PML.
+
+    Exact: equal to sorting all distances in float64, with the lower index first where distances are equal. For a
+    fixed query, the distance falls as an inner product of lifted points rises,
+
+    .. math:: \cosh(\sqrt c\,d(x, y)) = -\langle x'', y' \rangle
+
+    with ``x''`` of `poincare.lift_queries` and ``y'`` of `poincare.lift_references`. So candidates come
+    from maximum inner product search: by FAISS in float32 where it is installed and the queries are on the CPU,
+    otherwise by torch in float64, in chunks. A few more than ``k`` are taken and ordered by their distances,
+    which are computed from differences of coordinates in float64. A bound on the rounding errors of the inner
+    products then says for each query whether a nearer reference could have been missed. If so, that query is
+    searched again with more digits, and at last by all of its distances.
+
+    Memory is ``O((N + M) D + N k)``. Near the boundary, or where many references are equal, more queries are
+    searched again: that takes longer, and changes nothing else.
+
+    Pass it as ``knn_func`` to PML's `AccuracyCalculator` or, with `train`, `add`, `save` and `load`, to
+    `InferenceModel`. PML's testers and `InferenceModel` scale embeddings to norm 1 by default, and with that
+    remove what the norm says: give them ``normalize_embeddings=False``.
+
+    Args:
+        distance: a `PoincareDistance`, for its curvature and its way onto the ball; ``PoincareDistance()`` if
+            ``None``. Its ``power`` is not applied.
+        index: an index of FAISS other than the flat one, for approximate search: a factory string such as
+            ``"HNSW32"``, or a function from the number of dimensions to an index by inner product. Its candidates
+            are ordered exactly; what it misses stays missed.
+
+    Raises:
+        TypeError: ``distance`` is not a `PoincareDistance`, or ``index`` neither a string nor a function.
+        ModuleNotFoundError: ``index`` is given, and FAISS is not installed.
+
+    Example:
+        >>> from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+        >>> calculator = AccuracyCalculator(include=("precision_at_1",), knn_func=PoincareKNN())
+        >>> embeddings, labels = torch.randn(100, 16), torch.arange(100) % 5
+        >>> accuracy = calculator.get_accuracy(embeddings, labels)
+        >>> distances, indices = PoincareKNN()(embeddings[:2], 3, embeddings)
+        >>> indices[:, 0]
+        tensor([0, 1])
+
+    Source: Nickel, Kiela, "Learning Continuous Hierarchies in the Lorentz Model of Hyperbolic Geometry" (ICML
+    2018) for the hyperboloid; Higham, "Accuracy and Stability of Numerical Algorithms" (2002), section 3.1,
+    for the error of an inner product.
+    """
+
+    def __init__(
+        self, distance: PoincareDistance | None = None, index: str | Callable[[int], Any] | None = None
+    ) -> None:
+        distance = PoincareDistance() if distance is None else distance
+        if not isinstance(distance, PoincareDistance):
+            raise TypeError(f"distance must be a PoincareDistance, got {type(distance).__name__}")
+        if not (index is None or isinstance(index, str) or callable(index)):
+            raise TypeError(
+                "index must be a factory string of FAISS, or a function from the number of dimensions to an "
+                f"index, got {type(index).__name__}"
+            )
+        if index is not None and _faiss() is None:
+            raise ModuleNotFoundError("index needs FAISS: install faiss-cpu, or leave index=None")
+        self.distance = distance
+        self.index = index
+        self._embeddings: Tensor | None = None
+        self._prepared: _References | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self, query: Tensor, k: int, reference: Tensor | None = None, ref_includes_query: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The nearest references of every query, nearest first.
+
+        Args:
+            query: embeddings of shape ``(N, D)``.
+            k: number of neighbours.
+            reference: embeddings of shape ``(M, D)``; those given to `train` and `add` if ``None``.
+            ref_includes_query: the first N references are the queries, and none is its own neighbour. Its
+                duplicates are.
+
+        Returns:
+            Distances, in the dtype of the embeddings and at least float32, and indices, both of shape ``(N, k)``.
+
+        Raises:
+            TypeError, ValueError: embeddings are not finite floating point matrices of one width, or there are
+                fewer references than neighbours.
+        """
+        _check("query", query)
+        embeddings = self._embeddings if reference is None else reference
+        if embeddings is None:
+            raise ValueError("reference must be given, or stored by train(embeddings) before, got None")
+        _check("reference", embeddings)
+        if query.shape[1] != embeddings.shape[1]:
+            raise ValueError(
+                "query and reference must have the same number of columns, got shapes "
+                f"{tuple(query.shape)} and {tuple(embeddings.shape)}"
+            )
+        # PML asks for no neighbours at all where no two labels are equal.
+        k = check_count("k", k, 0 if ref_includes_query else 1)
+        most = len(embeddings) - ref_includes_query
+        if k > most:
+            besides = " besides the query itself" if ref_includes_query else ""
+            raise ValueError(f"k must be at most {most}, the number of references{besides}, got {k}")
+        c = float(self.distance.c)
+        prepared = self._prepared if reference is None else None
+        if prepared is None or prepared.c != c:  # a learnable curvature moves
+            points = _by_rows(self._on_unit_ball, embeddings.to(query.device))
+            prepared = _References(points, c, self.index)
+        if reference is None:
+            self._prepared = prepared
+        distances, indices = prepared.nearest(_by_rows(self._on_unit_ball, query), k + ref_includes_query)
+        distances = distances.to(poincare.result_dtype(query, embeddings))
+        neighbors: tuple[Tensor, Tensor] = return_results(distances, indices, ref_includes_query)
+        return neighbors
+
+    def _on_unit_ball(self, embeddings: Tensor) -> Tensor:
+        """The embeddings on the ball, scaled to the unit ball, in float64."""
+        return poincare._unit_ball(self.distance.maybe_normalize(embeddings, dim=1), self.distance.c)
+
+    def train(self, embeddings: Tensor) -> None:
+        """Store references, in place of those stored before.
+
+        Args:
+            embeddings: references of shape ``(M, D)``.
+        """
+        _check("embeddings", embeddings)
+        self._embeddings, self._prepared = embeddings.detach(), None
+
+    def add(self, embeddings: Tensor) -> None:
+        """Store more references, behind those stored before.
+
+        Args:
+            embeddings: references of shape ``(M, D)``.
+        """
+        _check("embeddings", embeddings)
+        stored = [] if self._embeddings is None else [self._embeddings]
+        self.train(torch.cat([*stored, embeddings.detach()]))
+
+    def save(self, filename: str | PathLike[str]) -> None:
+        """Write the stored references to a file.
+
+        Args:
+            filename: the file.
+        """
+        torch.save(self._embeddings, filename)
+
+    def load(self, filename: str | PathLike[str]) -> None:
+        """Store the references that `save` wrote, in place of those stored before.
+
+        Args:
+            filename: the file.
+        """
+        self.train(torch.load(filename, weights_only=True))
+
+
+class _References:
+    """References on the unit ball for one curvature, and the ways to search them, from quick to sure."""
+
+    def __init__(self, points: Tensor, c: float, index: str | Callable[[int], Any] | None) -> None:
+        self.points, self.c = points, c
+        self.conformal = _by_rows(poincare._conformal, points)
+        self.largest_time = 2 * self.conformal.amax().square() - 1
+        self.index: Any = None
+        if index is not None or (points.device.type == "cpu" and _faiss() is not None):
+            self.index = _build_index(self._lifted(torch.float32).cpu().numpy(), index or "Flat")
+
+    def _lifted(self, dtype: torch.dtype) -> Tensor:
+        """The vectors whose inner products are searched."""
+        farthest = float(self.largest_time.acosh())
+        return _by_rows(lambda rows: poincare.lift_references(rows, 1.0, farthest).to(dtype), self.points)
+
+    def nearest(self, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Distances and indices, both of shape ``(N, k)``."""
+        distances = points.new_empty(len(points), k)
+        indices = points.new_empty((len(points), k), dtype=torch.long)
+        searches = [self._search_all]
+        if k + _EXTRA < len(self.points):
+            searches.insert(0, self._search_products)
+            if self.index is not None:
+                searches.insert(0, self._search_index)
+        undecided = torch.arange(len(points), device=points.device)
+        for search in searches:
+            rows = undecided
+            distances[rows], indices[rows], decided = search(points[rows], k)
+            undecided = rows[~decided]
+            if not len(undecided):
+                break
+        return distances * (1 / self.c**0.5), indices
+
+    def _search_index(self, points: Tensor, k: int) -> Found:
+        """By FAISS: what a flat index finds can be proved, what an approximate one finds is taken as it is."""
+        query = poincare.lift_queries(points, 1.0)
+        found = self.index.search(query.float().cpu().numpy(), k + _EXTRA)
+        scores, candidates = (torch.from_numpy(array).to(points.device) for array in found)
+        distances, indices = self._rank(points, candidates, k)
+        if isinstance(self.index, _faiss().IndexFlat):
+            return distances, indices, self._decided(query, distances, scores.double(), torch.float32)
+        return distances, indices, distances[:, -1].isfinite()  # some indexes find fewer than k
+
+    def _search_products(self, points: Tensor, k: int) -> Found:
+        """By inner products of all pairs, in float64."""
+        query = poincare.lift_queries(points, 1.0)
+        lifted = self._lifted(torch.float64)
+        found = [(rows @ lifted.T).topk(k + _EXTRA) for rows in query.split(_rows_at_once(len(lifted)))]
+        scores, candidates = (torch.cat(parts) for parts in zip(*found, strict=True))
+        distances, indices = self._rank(points, candidates, k)
+        return distances, indices, self._decided(query, distances, scores, torch.float64)
+
+    def _search_all(self, points: Tensor, k: int) -> Found:
+        """By the distances of all pairs."""
+        parts = []
+        for rows in points.split(_rows_at_once(len(self.points))):
+            distances, indices = self._distances(rows, self.points, self.conformal).sort(stable=True)
+            parts.append((distances[:, :k], indices[:, :k]))
+        distances, indices = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return distances, indices, torch.ones_like(indices[:, 0], dtype=torch.bool)
+
+    def _rank(self, points: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest of the candidates of each point, from their distances; -1 is no candidate."""
+        candidates = candidates.sort().values  # so that a stable sort puts the lower index first
+        parts = []
+        size = _rows_at_once(candidates.shape[1] * points.shape[1])
+        for rows, chosen in zip(points.split(size), candidates.split(size), strict=True):
+            distances = self._distances(rows.unsqueeze(1), self.points[chosen], self.conformal[chosen]).squeeze(1)
+            distances, order = distances.masked_fill(chosen < 0, torch.inf).sort(stable=True)
+            parts.append((distances[:, :k], chosen.gather(1, order[:, :k])))
+        distances, indices = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return distances, indices
+
+    def _distances(self, x: Tensor, y: Tensor, conformal: Tensor) -> Tensor:
+        """Distances of all pairs in the form of `poincare.distance`, with ``|x - y|`` from differences."""
+        gap = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+        return 2 * (gap * poincare._conformal(x) * conformal.mT).asinh()
+
+    def _decided(self, query: Tensor, distances: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
+        """Whether no reference but the candidates can be as near as the k-th neighbour.
+
+        With ``t`` for times and ``d`` for the distance of the k-th neighbour: a reference as near as that has an
+        inner product of at least ``-cosh(d)``. By the triangle inequality it lies within ``d`` of the query's own
+        distance from the origin, so that its time is at most ``cosh(arcosh(t_q) + d)``; the lengths of the two
+        vectors multiply to less than ``2 t_q t``, and their inner product in floating point is off by at most
+        that times ``(D + 1)`` units in the last place, rounding of the vectors aside. If ``-cosh(d)`` is better
+        than the worst candidate by more than this error, the reference would have been a candidate.
+        """
+        time, last = -query[:, -2], distances[:, -1]
+        farthest = time * last.cosh() + (time.square() - 1).clamp_min(0).sqrt() * last.sinh()
+        farthest = farthest.minimum(self.largest_time)
+        # eps is two units; 8 dimensions more cover the rounding of the vectors, and of what is computed here
+        error = (query.shape[1] + 8) * torch.finfo(dtype).eps * 2 * time * farthest
+        return last.cosh() + error < -scores[:, -1]
+
+
+def _build_index(vectors: "np.ndarray[Any, Any]", index: str | Callable[[int], Any]) -> Any:
+    """The index of FAISS, with the vectors in it."""
+    faiss = _faiss()
+    size = vectors.shape[1]
+    built = index(size) if callable(index) else faiss.index_factory(size, index, faiss.METRIC_INNER_PRODUCT)
+    if built.metric_type != faiss.METRIC_INNER_PRODUCT or built.d != size or built.ntotal:
+        raise ValueError(
+            f"index must make an empty index of {size} dimensions, two more than the embeddings have, by "
+            f"METRIC_INNER_PRODUCT ({faiss.METRIC_INNER_PRODUCT}); got one of {built.d} dimensions by metric "
+            f"{built.metric_type} with {built.ntotal} vectors"
+        )
+    if not built.is_trained:
+        built.train(vectors)
+    built.add(vectors)
+    return built
+
+
+def _faiss() -> Any:
+    """FAISS, or ``None`` where it is not installed."""
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        return None
+    return faiss
+
+
+def _rows_at_once(width: int) -> int:
+    """How many rows of this width are worked on at a time."""
+    return max(1, _CHUNK_CELLS // width)
+
+
+def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, so few rows at a time that they stay in the cache."""
+    return torch.cat([function(rows) for rows in x.split(_rows_at_once(8 * x.shape[1]))])
+
+
+def _check(name: str, embeddings: Tensor) -> None:
+    """Raise unless the embeddings are a finite floating point matrix."""
+    check_embeddings(name, embeddings)
+    least, most = embeddings.aminmax()  # both NaN if any is
+    if not (least.isfinite() & most.isfinite()):
+        row = int((~embeddings.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
