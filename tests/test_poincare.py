@@ -148,14 +148,14 @@ def test_riemannian_gradient_outside_is_that_of_the_boundary():
 
 
 def test_distances_of_a_set_from_itself():
-    """Both sides give one gradient, which half precision rounds once; and where each of them overflows, too."""
+    """Both sides give one gradient, which half precision rounds once."""
     x = (directions(6, 4) * 0.7).half().requires_grad_()
     double = x.detach().double().requires_grad_()
     weights = torch.rand(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     (grad,) = torch.autograd.grad((poincare.pairwise_distance(x, x, 1.0) * weights).sum(), x)
     other = poincare.pairwise_distance(double, double.clone(), 1.0)
     (expected,) = torch.autograd.grad((other * weights).sum(), double)
-    torch.testing.assert_close(grad, expected.half(), rtol=1e-3, atol=0)
+    assert torch.equal(grad, expected.half())
 
 
 @pytest.mark.parametrize("c", [math.inf, math.nan])

@@ -149,7 +149,7 @@ def summary(rows: Rows, method: str, metrics: tuple[str, ...] = ("R@1", "MAP@R")
                 better.add((dataset, base))
             elif mean + half < 0:
                 worse.append(f"{NAMES[dataset]}, {base}, {metric}")
-    total = len(cells(rows))
+    total = sum(bool(differences(rows, dataset, base, method, metrics[0])) for dataset, base in cells(rows))
     return (
         f"{method}: {' or '.join(metrics)} certainly above the base loss alone in {len(better)} of {total} cells; "
         f"certainly below in {len(worse)} of {total * len(metrics)} figures"
@@ -248,7 +248,11 @@ def of_study(study: str, rows: Rows) -> Iterator[tuple[str, str]]:
             yield f"{metric} among test classes", test_table(rows, metric)
         yield "Dendrogram purity of trees over the test classes", purity_table(rows)
         yield "In training", training_table(rows)
-        yield "In short", "\n".join(f"- {summary(rows, method)}" for method in methods(rows))
+        groups = (("R@1", "MAP@R"), ("superclass P@20", "H-AP"))
+        yield (
+            "In short",
+            "\n".join(f"- {summary(rows, name, group)}" for name in methods(rows) for group in groups),
+        )
 
 
 def figures(studies: dict[str, Rows], faithful: Settings) -> Iterator[tuple[str, Figure]]:

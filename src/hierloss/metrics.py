@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from ._checks import check_count, check_number
@@ -143,6 +142,9 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
     Source: Vinh, Epps, Bailey, "Information theoretic measures for clusterings comparison" (JMLR 2010), by
     ``sklearn.metrics.adjusted_mutual_info_score``.
     """
+    # PML brings scikit-learn. Its import takes a while, and new versions draw from Python's generator meanwhile.
+    from sklearn.metrics import adjusted_mutual_info_score
+
     tree = _tree(tree)
     levels = _taxonomy(taxonomy, tree.num_leaves)
     return [float(adjusted_mutual_info_score(level, tree.cut(int(level.max()) + 1))) for level in levels.T]
