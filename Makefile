@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help quickstart test test-benchmarks test-lowest soak fuzz format docs build clean
+.PHONY: help quickstart test test-benchmarks test-lowest soak fuzz mutation format docs build clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
@@ -37,6 +37,11 @@ soak: $(VENV)/dev.stamp ## Train 20,000 steps in each precision, and print what 
 fuzz: $(VENV)/dev.stamp ## Fuzz with a million random cases, for an hour or so
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py
 
+mutation: $(VENV)/dev.stamp ## Break the code in two thousand ways, and list what no test notices
+	$(INSTALL) mutmut
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 format: $(VENV)/dev.stamp ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -50,7 +55,7 @@ build: $(VENV)/dev.stamp ## Build sdist and wheel in dist/
 	$(BIN)/twine check --strict dist/*
 
 clean: ## Delete everything that the other targets make
-	rm -rf $(VENV) .venv-benchmarks .venv-lowest dist site quickstart.png .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-benchmarks .venv-lowest dist mutants site quickstart.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment for all targets; a stamp says that an extra is installed.

@@ -12,7 +12,8 @@ def seed(_: dict[str, Any]) -> None:
     torch.manual_seed(0)
 
 
-collect_ignore_glob = ["docs/*.py"]  # they build the site, and need what only the extra docs has
+# They need what only the extras docs and benchmarks have.
+collect_ignore_glob = ["docs/*.py", "tests/torchvision_operators.py"]
 
 # The blocks of one file share a namespace, and run in order.
 pytest_collect_file = Sybil(

@@ -479,8 +479,10 @@ def hier_loss(draw: Draw) -> Case:
     )
     x, labels = draw.points(n, dim, dtype, radius if on_ball else distance.clip_radius or 1.0), draw.labels(n)
     if draw.maybe(0.1) and module.embedding_size is not None:
-        low = draw.note(proxies=draw.choice((torch.float16, torch.bfloat16, torch.float64)))
-        module.to(low)
+        # Not a learnable curvature: its gradient is a sum of large terms that cancel, which float16 cannot hold.
+        module.proxies.data = module.proxies.data.to(
+            draw.note(proxies=draw.choice((torch.float16, torch.bfloat16, torch.float64)))
+        )
     module.train(draw.note(training=draw.maybe(0.75)))
     autocast = draw.note(autocast=draw.maybe(0.05))
 

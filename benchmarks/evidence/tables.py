@@ -124,8 +124,20 @@ def training_table(rows: Rows) -> str:
     body = []
     for dataset, base in cells(rows):
         for method in methods(rows):
-            means = [np.mean(list(values(rows, dataset, base, method, name).values())) for name in names]
-            body.append([NAMES[dataset], base, method, *(f"{mean:.2f}" for mean in means[:3]), f"{means[3]:.0f}"])
+            medians = [np.median(list(values(rows, dataset, base, method, name).values())) for name in names]
+            # MultiSimilarity has no gradient where it has no hard pairs, and the ratio then no bound.
+            ratio = f"{medians[0]:.2f}" if medians[0] < 100 else "over 100"
+            body.append(
+                [
+                    NAMES[dataset],
+                    base,
+                    method,
+                    ratio,
+                    f"{medians[1]:.2f}",
+                    f"{medians[2]:.2f}",
+                    f"{medians[3]:.0f}",
+                ]
+            )
     return table(["data", "base loss", "method", *names], body)
 
 
@@ -157,24 +169,27 @@ def summary(rows: Rows, method: str, metrics: tuple[str, ...] = ("R@1", "MAP@R")
     )
 
 
-def plot_test(rows: Rows, metrics: tuple[str, ...] = ("R@1", "MAP@R")) -> Figure:
+def plot_test(rows: Rows, metrics: tuple[str, ...] = ("R@1", "MAP@R", "H-AP")) -> Figure:
     """Differences with their intervals, a line for each data set and base loss."""
     order = cells(rows)[::-1]
     figure, axes = plt.subplots(
-        1, len(metrics), figsize=(5.2 * len(metrics), 0.33 * len(order) + 1.2), sharey=True
+        1, len(metrics), figsize=(4.2 * len(metrics), 0.36 * len(order) + 1.2), sharey=True
     )
     for axis, metric in zip(np.atleast_1d(axes), metrics, strict=True):
         for number, method in enumerate(methods(rows)):
-            shift = 0.16 * (1 - 2 * number)
+            shift = 0.22 * (1 - number)
             points = [interval(differences(rows, d, b, method, metric)) for d, b in order]
             mean, half = np.array(points).T
             axis.errorbar(mean, np.arange(len(order)) + shift, xerr=half, fmt="o", ms=4, capsize=2, label=method)
         axis.axvline(0, color="0.4", lw=1)
-        axis.set(xlabel=f"{metric}, difference to the base loss alone (points)")
+        axis.set_xscale("symlog", linthresh=2)
+        ticks = (-50, -10, -2, -1, 0, 1, 2, 10)
+        axis.set_xticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+        axis.set_xlabel(f"{metric}, difference (points)")
         axis.grid(axis="x", alpha=0.3)
     first = np.atleast_1d(axes)[0]
     first.set_yticks(range(len(order)), [f"{NAMES[d]}, {b}" for d, b in order])
-    first.legend(loc="lower left", fontsize=8)
+    first.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
     figure.tight_layout()
     return figure
 
@@ -199,7 +214,7 @@ def plot_candidates(rows: Rows, metric: str = "MAP@R") -> Figure:
     axis.set_yticks(range(len(names)), names)
     axis.set(xlabel=f"{metric}, difference to the base loss alone (points)")
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=2)
     figure.tight_layout()
     return figure
 

@@ -33,7 +33,7 @@ def check_curvature(c: Any) -> float | geoopt.PoincareBall:
     """Return ``c`` if it is a positive number or a geoopt ball of one."""
     if isinstance(c, geoopt.PoincareBall):
         if c.c.device.type != "meta":
-            check_number("c of the geoopt.PoincareBall", float(c.c.detach()))  # a learnable one overflows at 89
+            check_number("c of the geoopt.PoincareBall", float(c.c.detach()))  # geoopt's softplus overflows at 89
         return c
     if isinstance(c, bool) or not isinstance(c, numbers.Real):
         raise TypeError(f"c must be a positive number or a geoopt.PoincareBall, got {type(c).__name__}")
