@@ -57,7 +57,7 @@ def soak(dtype: torch.dtype, steps: int, lr: float = 0.1, seed: int = 0, progres
     base, hier = losses.ProxyAnchorLoss(CLASSES, D), HIERLoss(P, D, miner=ReciprocalNeighborMiner(8, 10))
     optimizer = torch.optim.Adam([*model.parameters(), *base.parameters(), *hier.parameters()], lr=lr)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
-    every = max(1, steps // MEASUREMENTS)
+    every = max(5, steps // MEASUREMENTS)
     rows: tuple[list[list[float]], list[list[float]]] = ([], [])  # base, HIER, HIER of shuffled, ancestors
     memory: list[tuple[float, int]] = []
     skipped = not_finite = 0

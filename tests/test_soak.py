@@ -10,7 +10,7 @@ from soak import P, soak
 
 pytestmark = pytest.mark.slow
 
-STEPS = 400
+STEPS = 300
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

@@ -64,8 +64,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         margin: ``m``.
         temperature: :math:`\tau` of the ancestors' distribution.
         miner: miner of the triplets among embeddings, default `ReciprocalNeighborMiner`; its
-            ``num_neighbors`` and ``triplets_per_anchor`` hold for the proxies too. Any other PML miner is
-            called with embeddings and labels.
+            ``num_neighbors`` and ``triplets_per_anchor`` hold for the proxies too, and its ``features`` let
+            neighbours be found among a frozen backbone's features. Any other PML miner is called with
+            embeddings and labels.
         proxy_batch_size: draw the proxies' triplets among this many proxies, drawn anew in every step;
             ``None`` for all. Time and memory of a large ``num_proxies`` come from here. Neighbourhoods among
             fewer proxies are wider ones; ancestors are still chosen from all.
