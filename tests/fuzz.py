@@ -89,6 +89,9 @@ class Case:
 class Draw(random.Random):
     """What a case is drawn from; notes what it drew."""
 
+    def __new__(cls, *_: Any) -> Any:
+        return super().__new__(cls)  # that of Python 3.10 takes one argument at most
+
     def __init__(self, seed: int, number: int, notes: dict[str, Any]) -> None:
         super().__init__(seed * 2**40 + number)
         self.generator = torch.default_generator

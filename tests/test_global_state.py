@@ -30,7 +30,7 @@ def settings():
         "random": random.getstate(),
         "numpy's generator": [str(part) for part in np.random.get_state()],  # noqa: NPY002
         "dtype": torch.get_default_dtype(),
-        "device": torch.get_default_device(),
+        "device": torch.empty(0).device,
         "gradients": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
         "autocast": (torch.ones(1, 1) @ torch.ones(1, 1)).dtype,
