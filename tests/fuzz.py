@@ -49,7 +49,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def can_be_compared(dtype: torch.dtype) -> bool:
     """Whether this torch does what labels are for; older ones cannot with larger unsigned integers."""
     try:
-        torch.zeros(1).to(dtype).eq(0)
+        torch.zeros(1).to(dtype)[torch.zeros(1, dtype=torch.long)].eq(0)
     except (RuntimeError, NotImplementedError):
         return False
     return True

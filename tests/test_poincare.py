@@ -305,3 +305,62 @@ def test_linear_norm_keeps_the_origin_finite(dtype, size):
     d = poincare.pairwise_distance(v, v, 0.5)
     (grad,) = torch.autograd.grad(d.sum(), v)
     assert grad.isfinite().all()
+
+
+# --- shapes, dtypes, thresholds -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "clip_norm",
+        "exp_map0",
+        "from_hyperboloid",
+        "lift_queries",
+        "log_map0",
+        "project",
+        "riemannian_gradient",
+        "to_hyperboloid",
+    ],
+)
+def test_leading_dimensions_are_rows(name):
+    """A tensor of shape (2, 3, D) is six points; also in the backward pass."""
+    function = getattr(poincare, name)
+    rows = (0.3 * directions(6, 5)).requires_grad_()
+    if name == "from_hyperboloid":
+        rows = poincare.to_hyperboloid(rows.detach(), 0.5).requires_grad_()
+    expected = function(rows, 0.5)
+    actual = function(rows.view(2, 3, -1), 0.5)
+    torch.testing.assert_close(actual, expected.view(actual.shape))
+    weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    gradients = [torch.autograd.grad((f * weights.view(f.shape)).sum(), rows)[0] for f in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_references_are_lifted_to_one_length():
+    """Also those that are almost as far out as the farthest; for any number of leading dimensions."""
+    points = torch.stack([torch.linspace(0, 0.3, 8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)], 1)
+    lifted = poincare.lift_references(points, 1.0)
+    torch.testing.assert_close(lifted.norm(dim=1), lifted[-1].norm().expand(8), rtol=1e-12, atol=0)
+    torch.testing.assert_close(poincare.lift_references(points.view(2, 4, 2), 1.0), lifted.view(2, 4, 4))
+
+
+def test_distances_take_the_wider_dtype():
+    x, y = torch.tensor([[0.1, 0.2]], dtype=torch.float64), torch.tensor([[0.3, 0.1]])
+    for function in (poincare.distance, poincare.pairwise_distance):
+        assert function(x, y, 1.0).dtype == function(y, x, 1.0).dtype == torch.float64
+        assert function(y, y, 1.0).dtype == function(y, y.half(), 1.0).dtype == torch.float32
+
+
+def test_points_coincide_below_min_norm_and_not_above():
+    least = poincare.min_norm(torch.float64)
+    origin = torch.zeros(1, 2, dtype=torch.float64)
+    for gap in (1e-20, 1e-90, 2 * least):
+        x = torch.tensor([[gap, 0.0]], dtype=torch.float64)
+        torch.testing.assert_close(
+            poincare.distance(x, origin, 1.0), torch.tensor([2 * gap], dtype=torch.float64), atol=0, rtol=1e-6
+        )
+    x = torch.tensor([[least / 2, 0.0]], dtype=torch.float64, requires_grad=True)
+    distance = poincare.distance(x, origin, 1.0)
+    assert distance.item() == 0
+    assert torch.autograd.grad(distance.sum(), x)[0].abs().sum() == 0
