@@ -143,6 +143,12 @@ def test_start_of_the_proxies():
     torch.testing.assert_close(loss_func.proxies.norm(dim=1).mean().item(), 0.9 * 2.3, rtol=0.02, atol=0)
 
 
+def test_start_of_the_proxies_without_a_clip_radius():
+    """They start within 1 / sqrt(c), beyond which tanh is almost 1."""
+    loss_func = small(num_proxies=2000, embedding_size=64, distance=PoincareDistance(c=4.0, clip_radius=None))
+    torch.testing.assert_close(loss_func.proxies.norm(dim=1).mean().item(), 0.9 / 2, rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("sized", [False, True])
 def test_made_and_first_used_in_inference_mode(sized):
     """As a sanity check before training does: the proxies must still be trainable."""

@@ -111,3 +111,16 @@ def test_features_of_another_batch_are_refused():
     loss_func.miner.features = torch.randn(19, 5)
     with pytest.raises(ValueError, match=r"features must have shape \(20, F\).*got shape \(19, 5\)"):
         loss_func(torch.randn(20, 8))
+
+
+def test_defaults_are_the_papers_and_on_record(batch):
+    """PML's record-keeper asks for what is in these lists."""
+    miner = ReciprocalNeighborMiner()
+    assert (miner.num_neighbors, miner.triplets_per_anchor) == (20, 50)
+    assert {"num_neighbors", "triplets_per_anchor"} <= set(miner._record_these)
+    assert not hasattr(miner, "_record_these_stats")
+    distances = miner.distance(batch[0])
+    drawn = [torch.stack(miner.sample(distances)[:3]) for _ in range(2)]
+    assert not torch.equal(*drawn)  # random, unless told otherwise
+    even = [torch.stack(miner.sample(distances, random=False)[:3]) for _ in range(2)]
+    assert torch.equal(*even)
