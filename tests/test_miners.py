@@ -124,3 +124,13 @@ def test_defaults_are_the_papers_and_on_record(batch):
     assert not torch.equal(*drawn)  # random, unless told otherwise
     even = [torch.stack(miner.sample(distances, random=False)[:3]) for _ in range(2)]
     assert torch.equal(*even)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_do_not_pass_silently(bad):
+    features = torch.randn(20, 5)
+    features[3, 2] = bad
+    loss_func = HIERLoss(16, 8)
+    loss_func.miner.features = features
+    assert loss_func(torch.randn(20, 8)).isnan()
+    assert loss_func(torch.randn(20, 8)).isfinite()

@@ -200,6 +200,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     def compute_loss(self, embeddings: Tensor, labels: Tensor | None, *_: Any) -> dict[str, dict[str, Any]]:
         batch_size = len(embeddings)
         points = poincare.project(self.distance.maybe_normalize(embeddings), self.distance.c)
+        features = getattr(self.miner, "features", None)
+        if features is not None:  # a 0 that is NaN if they are not finite: who is near then must not look fine
+            points = points + (features.detach() * 0).sum()
         ancestors = self.distance.normalize(self.proxies)
         proxy_batch = self._proxy_batch()
         distances = poincare.pairwise_distance(

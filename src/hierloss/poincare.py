@@ -429,9 +429,8 @@ def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = N
 
     with ``(s, t)`` of `to_hyperboloid` and ``x''`` of `lift_queries`. The inner product falls as the distance
     grows, so the references of greatest inner product are the nearest ones: maximum inner product search is
-    hyperbolic search. The last coordinate meets a 0 in every query. It gives all vectors the length ``L``, because
-    graphs of neighbours such as HNSW link vectors by the same inner product, and would link all of them to the
-    longest ones.
+    hyperbolic search. The last coordinate meets a 0 in every query. It gives all vectors the length ``L``,
+    for graphs of neighbours such as HNSW, which link vectors by the same inner product.
 
     Args:
         x: points of shape ``(..., D)``; those on or outside the boundary are projected first.
