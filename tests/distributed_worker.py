@@ -1,6 +1,6 @@
 """What one process of a distributed training does and sees; test_distributed.py starts several and compares.
 
-`torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER` writes FOLDER/rank0.pt and so on.
+`torchrun --nproc-per-node 2 tests/distributed_worker.py everything FOLDER` writes FOLDER/rank0.pt and so on.
 """
 
 import sys
@@ -150,6 +150,15 @@ def uneven_number_of_batches(rank: int, world_size: int) -> dict[str, Tensor]:
     return {"hier": hier.proxies.detach(), "model": model.weight.detach()}
 
 
+def uneven_gathered_batches(rank: int, world_size: int) -> dict[str, Tensor]:
+    """The last process has a sample less than the others, and PML's wrapper gathers."""
+    model, (base, hier) = DDP(make_model()), make_losses()
+    features, labels = make_data(rank)
+    size = 6 - (rank == world_size - 1)
+    gathered(base, hier)(model(features[:size]), labels[:size]).backward()
+    return gradients(model, base, hier)
+
+
 def start_from_data(rank: int, world_size: int) -> Tensor:
     """Each process has other embeddings; what the first makes of its own is sent to all."""
     _, hier = make_losses()
@@ -175,13 +184,9 @@ def messages(rank: int, world_size: int) -> dict[str, str]:
     return said
 
 
-@record
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    here = dist.get_rank(), dist.get_world_size()
+def everything(*here: int) -> dict[str, Any]:
     _, hier = make_losses()
-    results = {
+    return {
         "any order, eval": one_step(*here, seed=None, miner=every_triplet()),
         "any order, unscaled": one_step(*here, seed=None, miner=every_triplet(), unscaled=True),
         "eval": one_step(*here, seed=None),
@@ -198,9 +203,17 @@ def main(folder: Path) -> None:
         "without labels": DistributedLossWrapper(hier)(make_data()[0][:, :D]).item(),
         "messages": messages(*here),
     }
+
+
+@record
+def main(what: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    here = dist.get_rank(), dist.get_world_size()
+    results = {"everything": everything, "uneven": uneven_gathered_batches}[what](*here)
     torch.save(results, folder / f"rank{here[0]}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

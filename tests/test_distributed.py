@@ -21,14 +21,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def seen(request, tmp_path_factory):
-    """The number of processes, and what each of them saw."""
-    world_size, folder = request.param, tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+def torchrun(world_size, what, folder):
+    """Run distributed_worker.py in this many processes: the exit status, and what they printed."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(
-        [*torchrun, f"--nproc-per-node={world_size}", WORKER, folder],
+        [*command, f"--nproc-per-node={world_size}", WORKER, what, folder],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -40,7 +38,15 @@ def seen(request, tmp_path_factory):
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # torchrun and its workers, all in this session
         raise
-    assert process.returncode == 0, log
+    return process.returncode, log
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def seen(request, tmp_path_factory):
+    """The number of processes, and what each of them saw."""
+    world_size, folder = request.param, tmp_path_factory.mktemp("ranks")
+    status, log = torchrun(world_size, "everything", folder)
+    assert status == 0, log
     return world_size, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
@@ -150,6 +156,13 @@ def test_awkward_batches_end_with_the_same_finite_gradients_on_all_processes(see
 def test_another_number_of_batches_in_each_process_ends(seen):
     _, results = seen
     assert_same_on_all([result["uneven number of batches"] for result in results])
+
+
+def test_gathering_batches_of_different_sizes_ends_in_an_error(tmp_path):
+    """PML gathers equal shapes only. Nobody waits for ever, and no step is taken with what was gathered."""
+    status, log = torchrun(2, "uneven", tmp_path)
+    assert status != 0, log
+    assert not list(tmp_path.glob("rank*.pt"))
 
 
 def test_a_start_from_data_is_sent_to_all_processes(seen):

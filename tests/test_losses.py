@@ -314,6 +314,76 @@ def test_other_miners():
         nothing(embeddings)
 
 
+def spy_on_triplets(monkeypatch):
+    """A list that gets the arguments and the result of every call of the functional layer."""
+    original, calls = functional.hierarchical_triplet_loss, []
+
+    def spy(distances, triplets, **kwargs):
+        result = original(distances, triplets, **kwargs)
+        calls.append((distances.detach(), triplets, result))
+        return result
+
+    monkeypatch.setattr(functional, "hierarchical_triplet_loss", spy)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("reducer", "keeps_all"),
+    [
+        (None, True),
+        (reducers.AvgNonZeroReducer(), False),
+        (reducers.MultipleReducers({"proxy_loss": reducers.AvgNonZeroReducer()}), True),
+        (reducers.MultipleReducers({"sample_loss": reducers.AvgNonZeroReducer()}), False),
+        (reducers.MultipleReducers({}, default_reducer=reducers.AvgNonZeroReducer()), False),
+        (reducers.MultipleReducers({"sample_loss": reducers.MeanReducer()}, reducers.SumReducer()), True),
+    ],
+)
+def test_invalid_triplets_are_kept_on_an_accelerator_where_a_mean_can_leave_them_out(
+    reducer, keeps_all, monkeypatch
+):
+    """Or the host would wait for the device to count them, in every step."""
+    loss_func = small(
+        miner=ReciprocalNeighborMiner(num_neighbors=4, triplets_per_anchor=7), reducer=reducer
+    ).eval()
+    embeddings, labels = batch()
+    expected = value(loss_func, embeddings, labels)
+    calls = spy_on_triplets(monkeypatch)
+    monkeypatch.setattr(functional, "asking_is_free", lambda _: False)
+    torch.testing.assert_close(value(loss_func, embeddings, labels), expected)
+    count = calls[0][1].shape[1]
+    assert (count == 7 * (B + P)) == keeps_all
+    assert count > 7 * P
+
+
+def test_a_single_triplet():
+    triplet = torch.tensor([[0], [6], [9]])
+
+    class Miner(miners.BaseMiner):
+        def mine(self, embeddings, labels, ref_emb, ref_labels):
+            return triplet.unbind()
+
+    loss_func = small(miner=Miner(), margin=2.0).eval()
+    embeddings, labels = batch()
+    distances = PoincareDistance()(embeddings, loss_func.proxies)
+    noise = torch.zeros(2, 1, P)
+    expected, _ = functional.hierarchical_triplet_loss(distances, triplet, margin=2.0, noise=noise)
+    actual = loss_func.compute_loss(embeddings, labels)["sample_loss"]["losses"]
+    assert expected > 0
+    torch.testing.assert_close(actual, expected)
+
+
+def test_distances_of_the_miner():
+    """The ball of a ReciprocalNeighborMiner must be the loss's; other miners and distances are free."""
+    from pytorch_metric_learning.distances import LpDistance
+
+    embeddings, labels = batch()
+    for miner in (
+        ReciprocalNeighborMiner(distance=LpDistance()),
+        miners.TripletMarginMiner(distance=PoincareDistance(c=1.0)),
+    ):
+        assert value(small(miner=miner), embeddings, labels).isfinite()
+
+
 def test_subclasses_are_not_bypassed():
     class Miner(ReciprocalNeighborMiner):
         def mine(self, embeddings, labels, ref_emb, ref_labels):
@@ -389,17 +459,34 @@ def test_proxies_follow_the_first_batch(dtype):
     assert loss_func.proxies.dtype == dtype
 
 
-def test_forgotten_optimizer_is_reported_once():
-    loss_func = small()
+def run_without_optimizer(loss_func, steps):
     embeddings, labels = batch()
+    for _ in range(steps):
+        loss_func(embeddings, labels).backward()
+
+
+def test_forgotten_optimizer_is_reported_once():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(250):
-            loss_func(embeddings, labels).backward()
+        run_without_optimizer(small(), 250)
     ours = [w for w in caught if "proxies of HIERLoss" in str(w.message)]
     assert len(ours) == 1
     assert "torch.optim.Adam([*model.parameters(), *loss_func.parameters()])" in str(ours[0].message)
-    assert ours[0].filename == __file__  # it points at the line of the training loop
+
+
+def test_the_report_points_at_the_training_loop():
+    with pytest.warns(UserWarning, match="proxies of HIERLoss") as caught:
+        run_without_optimizer(small(), 110)
+    assert caught[0].filename == __file__
+
+
+def test_loading_a_state_dict_starts_the_count_again():
+    """Loading changes the proxies, as an optimizer would; what comes afterwards counts."""
+    loss_func = small()
+    run_without_optimizer(loss_func, 3)
+    loss_func.load_state_dict(small().state_dict())
+    with pytest.warns(UserWarning, match="proxies of HIERLoss did not change in 100 training steps"):
+        run_without_optimizer(loss_func, 110)
 
 
 def test_forgotten_optimizer_is_reported_inside_a_model_that_clears_gradients():
@@ -469,6 +556,12 @@ def test_state_dict_after_the_first_batch(target):
     loss_func(embeddings, labels).backward()
     optimizer.step()
     assert not torch.equal(loss_func.proxies, source.proxies)
+
+
+def test_state_dict_may_keep_the_parameter_itself():
+    loss_func = small()
+    assert loss_func.state_dict(keep_vars=True)["proxies"] is loss_func.proxies
+    assert not loss_func.state_dict()["proxies"].requires_grad
 
 
 def test_state_dict_keeps_float64():
@@ -547,6 +640,23 @@ def test_to_device():
     meta = small().to("meta")
     with pytest.raises(ValueError, match=r"embeddings are on cpu, but the proxies .* on meta"):
         meta(*batch())
+
+
+@pytest.mark.parametrize("proxy_batch_size", [None, 10])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("sized", [False, True])
+def test_the_default_device_does_not_matter(sized, training, proxy_batch_size):
+    """All that is made on the way is made where the embeddings are."""
+    loss_func = HIERLoss(P, D if sized else None, proxy_batch_size=proxy_batch_size).train(training)
+    restored = HIERLoss(P, D if sized else None)
+    embeddings, labels = batch()
+    with torch.device("meta"):
+        loss = loss_func(embeddings, labels)
+        restored.load_state_dict(loss_func.state_dict())
+        loss.backward()
+    assert torch.equal(restored.proxies, loss_func.proxies)
+    assert loss.isfinite()
+    assert loss_func.proxies.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -658,6 +768,33 @@ def test_stats():
         "fraction_clipped",
     }
     assert not hasattr(small(), "num_triplets")
+
+
+def test_fraction_active_counts_the_losses_above_0(monkeypatch):
+    calls = spy_on_triplets(monkeypatch)
+    loss_func = small(collect_stats=True)
+    value(loss_func, *batch())
+    losses_above_0 = calls[0][2].losses > 0
+    assert loss_func.num_triplets == len(losses_above_0)
+    assert loss_func.fraction_active == pytest.approx(losses_above_0.double().mean().item())
+    assert (calls[0][2].losses > 1).sum() != losses_above_0.sum()
+
+
+def test_stats_of_a_batch_without_triplets():
+    loss_func = small(num_proxies=2, collect_stats=True)
+    value(loss_func, *batch(n=3))
+    assert (loss_func.num_triplets, loss_func.fraction_active, loss_func.num_ancestors) == (0, 0, 0)
+
+
+def test_fraction_clipped_is_of_norms_from_the_radius_on():
+    embeddings = torch.zeros(B, D)
+    embeddings[:, 0] = 2.0
+    embeddings[:3, 0] = 1.9
+    for on_ball, expected in ((False, (B - 3) / B), (True, 0)):  # points of the ball are not clipped
+        distance = PoincareDistance(clip_radius=2.0, normalize_embeddings=not on_ball)
+        loss_func = small(distance=distance, collect_stats=True)
+        value(loss_func, embeddings)
+        assert loss_func.fraction_clipped == expected
 
 
 # --- awkward batches and bad input --------------------------------------------------------------------------
@@ -778,6 +915,15 @@ def test_other_distances_are_refused():
         HIERLoss(distance=CosineSimilarity())
 
 
+def test_defaults_are_the_papers_and_on_record():
+    """PML's record-keeper asks for what is in the list."""
+    loss_func = HIERLoss(embedding_size=D)
+    assert loss_func.proxies.shape == (512, D)
+    assert (loss_func.num_proxies, loss_func.margin, loss_func.temperature) == (512, 0.1, 0.1)
+    assert {"num_proxies", "margin", "temperature"} <= set(loss_func._record_these)
+    assert loss_func.sub_loss_names() == ["sample_loss", "proxy_loss"]
+
+
 def test_repr_shows_the_settings():
     text = repr(HIERLoss(num_proxies=P))
     assert "num_proxies=24, embedding_size=None, margin=0.1, temperature=0.1" in text
@@ -790,29 +936,20 @@ def test_repr_shows_the_settings():
 
 def test_proxy_batch_draws_triplets_among_some_of_the_proxies(monkeypatch):
     """The triplets of a step are among proxy_batch_size proxies, other ones each time; ancestors are any."""
-    seen, ancestors = [], []
-    original = functional.hierarchical_triplet_loss
-
-    def spy(distances, triplets, **kwargs):
-        result = original(distances, triplets, **kwargs)
-        seen.append(distances.detach())
-        ancestors.append(result.ancestors)
-        return result
-
-    monkeypatch.setattr(functional, "hierarchical_triplet_loss", spy)
+    calls = spy_on_triplets(monkeypatch)
     loss_func = small(proxy_batch_size=10)
     embeddings, labels = batch()
     whole = poincare.pairwise_distance(*(loss_func.distance.normalize(loss_func.proxies),) * 2, 0.1).float()
     chosen = set()
     for seed in range(30):
         value(loss_func, embeddings, labels, seed=seed)
-        rows = seen[-1][B:]
+        rows = calls[-1][0][B:]
         assert rows.shape == (10, P)
         own = [int((whole - row).abs().sum(1).argmin()) for row in rows]
         torch.testing.assert_close(rows, whole[own])
         chosen |= {tuple(sorted(own))}
     assert len(chosen) == 30
-    assert len(torch.cat([a.unique() for a in ancestors]).unique()) == P
+    assert len(torch.cat([result.ancestors.unique() for *_, result in calls]).unique()) == P
 
 
 def test_proxy_batch_of_all_is_the_whole_loss_on_average():
