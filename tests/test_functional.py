@@ -374,6 +374,88 @@ def test_even_triplets_cover_neighbours_and_the_rest_evenly():
             assert len(set(map(tuple, pairs.T.tolist()))) == len(related[i]) * (19 - len(related[i]))
 
 
+def test_even_triplets_are_the_middles_of_even_steps():
+    """The s-th of t positives is at (s + 1/2) / t of the neighbours; the negatives step by the golden ratio."""
+    v = points(20, dim=2)
+    related = reference.reciprocal_neighbors(distance_matrix(v, v), None, 8)
+    _, positives, negatives, valid = functional.reciprocal_triplets(
+        distance_matrix(v, v), num_neighbors=8, triplets_per_anchor=30, random=False
+    )
+    for i in range(20):
+        if valid[i * 30]:
+            near, rest = sorted(related[i]), sorted(set(range(20)) - related[i] - {i})
+            for s in range(30):
+                assert positives[i * 30 + s] == near[int((s + 0.5) / 30 * len(near))]
+                assert negatives[i * 30 + s] == rest[int((s + 0.5) * (5**0.5 - 1) / 2 % 1 * len(rest))]
+
+
+def test_duplicates_of_a_class_are_its_nearest_neighbours():
+    """At distance 0, where -1 / d is the most that it can be."""
+    positions = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    distances = (positions[:, None] - positions).abs()
+    _, positives, negatives, valid = functional.reciprocal_triplets(
+        distances, torch.zeros(6), num_neighbors=3, triplets_per_anchor=50
+    )
+    assert valid.all()
+    anchors = torch.arange(6).repeat_interleave(50)
+    assert (positions[positives] == positions[anchors]).all()
+    assert (positions[negatives] != positions[anchors]).all()
+
+
+def test_one_other_point_is_enough():
+    positions = torch.tensor([0.0, 0.1, 0.2, 5.0])
+    *_, negatives, valid = functional.reciprocal_triplets(
+        (positions[:, None] - positions).abs(), num_neighbors=3, triplets_per_anchor=2
+    )
+    assert valid.tolist() == [True] * 6 + [False] * 2
+    assert negatives[:6].tolist() == [3] * 6
+
+
+def test_triplets_of_different_anchors_are_drawn_independently():
+    """Two clusters of nine: what the first anchor draws says nothing about what the second draws."""
+    torch.manual_seed(0)
+    positions = torch.cat([torch.arange(9.0), 1000 + torch.arange(9.0)])
+    _, positives, negatives, valid = functional.reciprocal_triplets(
+        (positions[:, None] - positions).abs(), num_neighbors=9, triplets_per_anchor=20_000
+    )
+    assert valid.all()
+    for drawn, count in ((positives.view(18, -1), 8), (negatives.view(18, -1), 9)):
+        own, other = (drawn[i].unique(return_inverse=True)[1] for i in (0, 1))
+        table = torch.bincount(own * count + other, minlength=count**2).view(count, count)
+        assert stats.chi2_contingency(table.numpy()).pvalue > 1e-3
+    pairs = torch.bincount((positives[:20_000] - 1) * 9 + negatives[:20_000] - 9, minlength=72).view(8, 9)
+    assert stats.chi2_contingency(pairs.numpy()).pvalue > 1e-3
+
+
+def test_generator_makes_triplets_reproducible():
+    v = points(20, dim=2)
+
+    def run(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.stack(functional.reciprocal_triplets(distance_matrix(v, v), generator=generator)[:3])
+
+    state = torch.get_rng_state()
+    assert torch.equal(run(3), run(3))
+    assert not torch.equal(run(3), run(4))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_defaults_are_the_papers():
+    v = points(60, dim=2)
+    distances = distance_matrix(v, v)
+    results = []
+    for settings in ({}, {"num_neighbors": 20, "triplets_per_anchor": 50}):
+        torch.manual_seed(0)
+        results.append(functional.reciprocal_triplets(distances, **settings))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    triplets = torch.stack(results[0][:3])[:, results[0][3]]
+    results = []
+    for settings in ({}, {"margin": 0.1, "temperature": 0.1}):
+        torch.manual_seed(0)
+        results.append(functional.hierarchical_triplet_loss(distances, triplets, **settings))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_collapsed_class_keeps_its_order():
     """Neighbours of one class at distances of 1e-8 are still told apart."""
     v = points(30, dim=3) * 1e-9
@@ -387,15 +469,23 @@ def test_collapsed_class_keeps_its_order():
             assert set(positives[i * 200 : (i + 1) * 200].tolist()) == related[i]
 
 
-def test_default_dtype_and_device_do_not_matter():
-    distances = distance_matrix(points(9), points(7, seed=1)).float()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("random", [False, True])
+def test_default_dtype_and_device_do_not_matter(random, dtype):
+    distances = distance_matrix(points(9), points(7, seed=1)).to(dtype)
     triplets = torch.tensor(random_triplets(9, 50)).T
 
     def run():
+        generator = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
-        losses = functional.hierarchical_triplet_loss(distances, triplets).losses
-        square = distances[:7]
-        return losses, *functional.reciprocal_triplets(square, num_neighbors=4, triplets_per_anchor=9)
+        kwargs = {"num_neighbors": 4, "triplets_per_anchor": 9, "random": random}
+        results = []
+        for source in (None, generator):
+            leaf = distances.clone().requires_grad_()
+            losses, ancestors = functional.hierarchical_triplet_loss(leaf, triplets, generator=source)
+            results += [losses, ancestors, *torch.autograd.grad(losses.sum(), leaf)]
+            results += functional.reciprocal_triplets(distances[:7], **kwargs, generator=source)
+        return results
 
     expected = run()
     torch.set_default_dtype(torch.bfloat16)

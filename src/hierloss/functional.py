@@ -88,10 +88,11 @@ def reciprocal_triplets(
         nearest = order.topk(min(num_neighbors, count), largest=False, sorted=False).indices
         neighbors = torch.zeros_like(itself).scatter_(1, nearest, True)
         related = neighbors & neighbors.mT & ~itself
+        draws = distances.new_empty(count, triplets_per_anchor, dtype=torch.float32)
         if random:
-            uniform = [_uniform(distances.new_empty(count, triplets_per_anchor), generator) for _ in range(2)]
+            uniform = [_uniform(draws, generator) for _ in range(2)]
         else:  # even, each by itself and both together: the second steps by the golden ratio
-            steps = torch.arange(triplets_per_anchor, device=distances.device) + 0.5
+            steps = torch.arange(triplets_per_anchor, dtype=draws.dtype, device=draws.device) + 0.5
             uniform = [
                 (steps * step % 1).expand(count, -1) for step in (1 / triplets_per_anchor, 0.5 * 5**0.5 - 0.5)
             ]
@@ -112,8 +113,9 @@ def _choice(mask: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """A true column of each row for every number of [0, 1); and how many there are."""
     cumulative = mask.cumsum(1, dtype=torch.int32)
     number = cumulative[:, -1:]
-    rank = (uniform * number).to(torch.int32).clamp_max(number - 1) + 1
-    return torch.searchsorted(cumulative, rank).clamp_max(mask.shape[1] - 1), number.squeeze(1)
+    rank = (uniform * number).to(torch.int32) + 1
+    column = torch.searchsorted(cumulative, rank)
+    return column.clamp_max(mask.shape[1] - 1), number.squeeze(1)  # a row without true columns has none
 
 
 class HierarchicalTripletLoss(NamedTuple):

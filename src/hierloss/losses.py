@@ -206,7 +206,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         ancestors = self.distance.normalize(self.proxies)
         proxy_batch = self._proxy_batch()
         distances = poincare.pairwise_distance(
-            torch.cat([points.to(ancestors.dtype), ancestors[proxy_batch]]),
+            torch.cat([points, ancestors[proxy_batch]]),
             ancestors,
             self.distance.c,
             dtype=poincare.result_dtype(embeddings),
