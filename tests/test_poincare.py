@@ -69,10 +69,23 @@ def test_equal_points_are_at_distance_zero(dim):
     assert (grad == 0).all()
 
 
+def test_sums_of_the_largest_coordinates_are_exact():
+    """In every dimension: with three bits more on the grid, sums round and equal points move apart."""
+    for dim in range(2, 140):
+        size = 1 - 0.02 * torch.rand(8, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(dim))
+        x = size * directions(8, dim, seed=dim).sign() * 0.9 / math.sqrt(dim)
+        y = torch.cat([x.flip(0), x])  # another order of the products
+        assert (poincare.pairwise_distance(x, y, 1.0)[:, 8:].diagonal() == 0).all(), dim
+        near = poincare.pairwise_distance(x, x + 1e-8 * directions(8, dim), 1.0).diagonal()
+        torch.testing.assert_close(
+            near, poincare.distance(x, x + 1e-8 * directions(8, dim), 1.0), rtol=1e-6, atol=0
+        )
+
+
 def test_chunks_of_rows_do_not_change_the_result(monkeypatch):
     x, y = (directions(17, 3) * 0.8).requires_grad_(), (directions(11, 3, seed=1) * 0.5).requires_grad_()
     results = []
-    for cells in (1, 40, 10**6):
+    for cells in (1, 40, 99, 10**6):  # 17, 6, 2 chunks and 1
         monkeypatch.setattr(poincare, "_CHUNK_CELLS", cells)
         c = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
         d = poincare.pairwise_distance(x, y, c)
@@ -93,10 +106,17 @@ def test_pairwise_equals_distance_in_value_and_gradient():
     torch.testing.assert_close(grads, expected, rtol=1e-11, atol=1e-13)
 
 
-def test_pairwise_takes_leading_dimensions():
-    x, y = directions(12, 4).view(3, 4, 4) * 0.9, directions(15, 4, seed=1).view(3, 5, 4) * 0.5
+@pytest.mark.parametrize("cells", [10, 10**6])
+def test_pairwise_takes_leading_dimensions(cells, monkeypatch):
+    monkeypatch.setattr(poincare, "_CHUNK_CELLS", cells)
+    x = (directions(18, 4).view(3, 6, 4) * 0.9).requires_grad_()
+    y = (directions(15, 4, seed=1).view(3, 5, 4) * 0.5).requires_grad_()
+    actual = poincare.pairwise_distance(x, y, 0.6)
     expected = torch.stack([poincare.pairwise_distance(a, b, 0.6) for a, b in zip(x, y, strict=True)])
-    torch.testing.assert_close(poincare.pairwise_distance(x, y, 0.6), expected)
+    torch.testing.assert_close(actual, expected)
+    weights = torch.randn(actual.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    grads, expected_grads = (torch.autograd.grad((d * weights).sum(), (x, y)) for d in (actual, expected))
+    torch.testing.assert_close(grads, expected_grads)
 
 
 # --- agreement with geoopt ----------------------------------------------------------------------------------
@@ -204,6 +224,16 @@ def test_a_bad_row_spoils_its_own_distances_only():
     assert torch.equal(matrix.isnan(), expected)
 
 
+def test_a_bad_row_does_not_make_the_others_coarse():
+    """The grid of coordinates follows the largest, of which NaN is none."""
+    x, y = directions(5, 3) * 1e-9, directions(5, 3, seed=1) * 1e-9
+    expected = poincare.pairwise_distance(x, y, 1.0)
+    assert (expected > 0).all()
+    for points in (x, y):
+        points[4, 0] = math.nan
+    assert torch.equal(poincare.pairwise_distance(x, y, 1.0)[:4, :4], expected[:4, :4])
+
+
 @pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
 def test_no_points(n, m):
     assert poincare.pairwise_distance(torch.rand(n, 3), torch.rand(m, 3), 1.0).shape == (n, m)
@@ -243,6 +273,10 @@ def test_results_are_at_least_float32(dtype):
         poincare.distance(x, x, 1.0),
         poincare.pairwise_distance(x, x, 1.0),
         poincare.to_hyperboloid(x, 1.0),
+        poincare.from_hyperboloid(x, 1.0),
+        poincare.lift_references(x, 1.0),
+        poincare.lift_references(x, 1.0, max_distance=5.0),
+        poincare.lift_queries(x, 1.0),
     ):
         assert result.dtype == expected
     exact = poincare.pairwise_distance(x.double(), x.double(), 1.0)
