@@ -688,8 +688,9 @@ def test_autocast_does_not_reach_other_miners():
     embeddings, labels = batch()
     miner = miners.TripletMarginMiner(margin=0.2, distance=CosineSimilarity())
     loss_func = small(miner=miner, reducer=reducers.DoNothingReducer())
-    expected = value(loss_func, embeddings, labels)["sample_loss"]["indices"]
+    expected = miner(embeddings.detach(), labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert len(miner(embeddings.detach(), labels)[0]) != len(expected[0])
         actual = value(loss_func, embeddings, labels)["sample_loss"]["indices"]
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
@@ -770,14 +771,21 @@ def test_stats():
     assert not hasattr(small(), "num_triplets")
 
 
-def test_fraction_active_counts_the_losses_above_0(monkeypatch):
+@pytest.mark.parametrize(
+    ("miner", "invalid"),
+    [(None, 0), (miners.TripletMarginMiner(), 0), (miners.TripletMarginMiner(margin=-100.0), 1)],
+)
+def test_stats_of_the_triplets(miner, invalid, monkeypatch):
+    """The last miner finds none, in whose place a triplet is that is not valid."""
     calls = spy_on_triplets(monkeypatch)
-    loss_func = small(collect_stats=True)
+    loss_func = small(collect_stats=True, miner=miner)
     value(loss_func, *batch())
-    losses_above_0 = calls[0][2].losses > 0
-    assert loss_func.num_triplets == len(losses_above_0)
-    assert loss_func.fraction_active == pytest.approx(losses_above_0.double().mean().item())
-    assert (calls[0][2].losses > 1).sum() != losses_above_0.sum()
+    _, _, (per_triplet, ancestors) = calls[0]
+    per_triplet, ancestors = per_triplet[invalid:], ancestors[:, invalid:]
+    assert loss_func.num_triplets == len(per_triplet)
+    assert loss_func.fraction_active == pytest.approx((per_triplet > 0).double().mean().item())
+    assert loss_func.num_ancestors == len(ancestors.unique())
+    assert (per_triplet > 1).sum() != (per_triplet > 0).sum()
 
 
 def test_stats_of_a_batch_without_triplets():

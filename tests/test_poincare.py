@@ -270,6 +270,7 @@ def test_results_are_at_least_float32(dtype):
         poincare.log_map0(x, 1.0),
         poincare.project(x, 1.0),
         poincare.clip_norm(x, 0.1),
+        poincare.clip_norm(x, None),
         poincare.distance(x, x, 1.0),
         poincare.pairwise_distance(x, x, 1.0),
         poincare.to_hyperboloid(x, 1.0),
@@ -344,19 +345,19 @@ def test_linear_norm_keeps_the_origin_finite(dtype, size):
 # --- shapes, dtypes, thresholds -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "clip_norm",
-        "exp_map0",
-        "from_hyperboloid",
-        "lift_queries",
-        "log_map0",
-        "project",
-        "riemannian_gradient",
-        "to_hyperboloid",
-    ],
-)
+NAMES_OF_ROWS = [
+    "clip_norm",
+    "exp_map0",
+    "from_hyperboloid",
+    "lift_queries",
+    "log_map0",
+    "project",
+    "riemannian_gradient",
+    "to_hyperboloid",
+]
+
+
+@pytest.mark.parametrize("name", NAMES_OF_ROWS)
 def test_leading_dimensions_are_rows(name):
     """A tensor of shape (2, 3, D) is six points; also in the backward pass."""
     function = getattr(poincare, name)
@@ -377,6 +378,19 @@ def test_references_are_lifted_to_one_length():
     lifted = poincare.lift_references(points, 1.0)
     torch.testing.assert_close(lifted.norm(dim=1), lifted[-1].norm().expand(8), rtol=1e-12, atol=0)
     torch.testing.assert_close(poincare.lift_references(points.view(2, 4, 2), 1.0), lifted.view(2, 4, 4))
+
+
+def test_the_default_device_does_not_matter():
+    x = directions(6, 4) * 0.5
+    with torch.device("meta"):
+        results = [
+            *(getattr(poincare, name)(x, 0.5) for name in NAMES_OF_ROWS if name != "from_hyperboloid"),
+            poincare.from_hyperboloid(poincare.to_hyperboloid(x, 0.5), 0.5),
+            poincare.lift_references(x, 0.5, max_distance=4.0),
+            poincare.distance(x, x.flip(0), 0.5),
+            poincare.pairwise_distance(x, x, 0.5),
+        ]
+    assert all(result.device.type == "cpu" and result.isfinite().all() for result in results)
 
 
 def test_distances_take_the_wider_dtype():

@@ -256,7 +256,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     def _mine(self, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Triplets among the embeddings, ``(3, T)``, and which of them are valid, ``(T,)``."""
         embeddings = embeddings.detach()
-        if getattr(type(self.miner), "mine", None) is ReciprocalNeighborMiner.mine:
+        if type(self.miner).mine is ReciprocalNeighborMiner.mine:
             # Fixed shapes, unlike what a PML miner returns, so that the host need not wait for the device.
             miner = self._proxy_miner
             mined = miner.sample(miner.distances(embeddings), labels, random=self.training)
