@@ -329,6 +329,23 @@ def test_inner_products_of_lifted_points_give_the_distance(c, max_distance):
     )
 
 
+def test_a_graph_of_lifted_references_finds_more_than_one_of_plain_points():
+    """Why docs/search.md says so: points of the hyperboloid differ in length, by which a graph goes astray."""
+    points = PoincareDistance().normalize(torch.randn(4000, 24) * torch.linspace(0.05, 0.5, 4000).unsqueeze(1))
+    exact = poincare.pairwise_distance(points[::10], points, 0.1).topk(10, largest=False).indices
+    lifted, queries = (
+        poincare.lift_references(points, 0.1).float(),
+        poincare.lift_queries(points[::10], 0.1).float(),
+    )
+    recall = []
+    for width in (26, 25):  # without the last coordinate they are plain points
+        index = faiss.IndexHNSWFlat(width, 16, faiss.METRIC_INNER_PRODUCT)
+        index.add(lifted[:, :width].contiguous().numpy())
+        found = torch.from_numpy(index.search(queries[:, :width].contiguous().numpy(), 10)[1])
+        recall.append((exact.unsqueeze(2) == found.unsqueeze(1)).any(2).double().mean())
+    assert recall[0] > recall[1] + 0.1
+
+
 def test_references_stored_in_parts_have_one_length():
     """The length is that of a point at the largest distance, which needs no padding."""
     c, clip_radius = 0.1, 2.3
