@@ -455,3 +455,54 @@ def test_initial_proxies_errors():
         initial_proxies(torch.zeros(0, 3), 4)
     with pytest.raises(ValueError, match="num_proxies must be at least 1"):
         initial_proxies(torch.zeros(2, 3), 0)
+
+
+# --- methods of the loss ------------------------------------------------------------------------------------
+
+
+def test_the_hierarchy_of_a_loss_is_that_of_its_proxies_and_distance():
+    generator = torch.Generator().manual_seed(1)
+    embeddings, labels = torch.randn(30, 4, generator=generator), torch.arange(30) % 6
+    distance = PoincareDistance(c=1.0, clip_radius=1.5)
+    loss_func = HIERLoss(8, 4, distance=distance)
+    of_samples, of_classes = (
+        Hierarchy.from_embeddings(embeddings, loss_func.proxies, distance, labels, per_class=per_class)
+        for per_class in (False, True)
+    )
+    assert of_samples != of_classes
+    assert loss_func.hierarchy(embeddings, labels) == of_samples
+    assert loss_func.hierarchy(embeddings, labels, per_class=True) == of_classes
+    unlabelled = loss_func.hierarchy(embeddings)
+    assert unlabelled == Hierarchy.from_embeddings(embeddings, loss_func.proxies, distance) != of_samples
+    with pytest.raises(ValueError, match=r"embeddings must have 4 columns, .* got shape \(30, 3\)"):
+        loss_func.hierarchy(embeddings[:, :3])
+    with pytest.raises(RuntimeError, match=r"HIERLoss has no proxies before its first batch; .* a state_dict"):
+        HIERLoss(8).hierarchy(embeddings)
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_init_proxies_keeps_the_parameter_and_its_optimizer(sized):
+    embeddings = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    distance = PoincareDistance(clip_radius=1.5)
+    loss_func = HIERLoss(8, 4 if sized else None, distance=distance)
+    parameter, optimizer = loss_func.proxies, torch.optim.SGD(loss_func.parameters(), lr=0.1)
+    loss_func.init_proxies(embeddings, torch.Generator().manual_seed(2))
+    expected = initial_proxies(embeddings, 8, distance, torch.Generator().manual_seed(2))
+    assert loss_func.proxies is parameter
+    torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=0)
+    loss_func(embeddings).backward()
+    optimizer.step()
+    assert (parameter != expected).any()
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_init_proxies_with_bad_embeddings_leaves_the_proxies(sized):
+    loss_func = HIERLoss(8, 4 if sized else None)
+    before = loss_func.proxies.detach().clone() if sized else None
+    with pytest.raises(ValueError, match="embeddings must be finite"):
+        loss_func.init_proxies(torch.full((9, 4), math.nan))
+    if sized:
+        with pytest.raises(ValueError, match=r"embeddings must have 4 columns, .* got shape \(9, 3\)"):
+            loss_func.init_proxies(torch.ones(9, 3))
+        assert torch.equal(loss_func.proxies, before)
+    assert loss_func.embedding_size == (4 if sized else None)
