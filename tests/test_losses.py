@@ -474,6 +474,28 @@ def test_forgotten_optimizer_is_reported_once():
     assert "torch.optim.Adam([*model.parameters(), *loss_func.parameters()])" in str(ours[0].message)
 
 
+def test_forgotten_optimizer_is_reported_after_100_steps_also_of_fixed_embeddings():
+    """As of a frozen network, whose embeddings have no gradient."""
+    loss_func, (embeddings, labels) = small(), batch()
+
+    def run(steps):
+        for _ in range(steps):
+            loss_func(embeddings.detach(), labels).backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(99)
+    with pytest.warns(UserWarning, match="proxies of HIERLoss did not change in 100 training steps"):
+        run(2)
+
+
+def test_no_report_of_frozen_proxies():
+    loss_func = small().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_without_optimizer(loss_func, 150)
+
+
 def test_the_report_points_at_the_training_loop():
     with pytest.warns(UserWarning, match="proxies of HIERLoss") as caught:
         run_without_optimizer(small(), 110)
@@ -572,6 +594,14 @@ def test_state_dict_keeps_float64():
     assert torch.equal(loss_func.proxies, source.proxies)
 
 
+def test_state_dict_of_half_precision_leaves_the_dtype():
+    source = small().half()
+    loss_func = HIERLoss(num_proxies=P)
+    loss_func.load_state_dict(saved(source))
+    assert loss_func.proxies.dtype == torch.float32
+    assert torch.equal(loss_func.proxies, source.proxies.float())
+
+
 @pytest.mark.parametrize("target", [None, D])
 def test_state_dict_before_the_first_batch(target):
     state = saved(HIERLoss(num_proxies=P))
@@ -593,8 +623,10 @@ def test_state_dict_inside_other_modules():
 @pytest.mark.parametrize("target", [None, D, 5])
 def test_state_dict_of_another_size(target):
     state = saved(small(num_proxies=P + 1))
-    with pytest.raises(RuntimeError, match=rf"size mismatch for proxies: .*\({P + 1}, {D}\)"):
-        HIERLoss(num_proxies=P, embedding_size=target).load_state_dict(state)
+    expected = rf"size mismatch for proxies: .*\({P + 1}, {D}\), expected \({P}, {target or 'embedding_size'}\)"
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=expected):
+            HIERLoss(num_proxies=P, embedding_size=target).load_state_dict(state, strict=strict)
 
 
 def test_learned_curvature_is_in_the_state_dict():
