@@ -510,6 +510,17 @@ def test_half_precision_distances_are_worked_on_in_float32():
     assert distances.grad.isfinite().all()
 
 
+def test_half_precision_distances_draw_with_all_digits():
+    """Of thousands of others a float16 draw would never choose some."""
+    positions = torch.cat([torch.arange(3.0) / 64, 2 + torch.arange(3000.0) // 64])
+    distances = (positions[:, None] - positions).abs().half()
+    results = []
+    for d in (distances, distances.float()):
+        torch.manual_seed(0)
+        results.append(functional.reciprocal_triplets(d, num_neighbors=3, triplets_per_anchor=20)[2][:60])
+    assert torch.equal(*results)
+
+
 def test_expanded_noise_is_not_copied():
     """Eval mode expands a single zero; its backward pass must not make (2, T, P) of it: 480 MB here."""
     distances = torch.rand(100, 3000).requires_grad_()
