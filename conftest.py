@@ -1,4 +1,4 @@
-"""Runs the code blocks of the Markdown files, and gives doctests of ``src/`` what they all need."""
+"""Seeds every test, runs the code blocks of the Markdown files, gives doctests of ``src/`` what they all need."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ pytest_collect_file = Sybil(
 
 
 @pytest.fixture(autouse=True)
-def _doctest_setup(request: pytest.FixtureRequest) -> None:
+def _same_random_numbers_every_time(request: pytest.FixtureRequest) -> None:
+    seed({})
     if isinstance(request.node, pytest.DoctestItem):
-        seed({})
         request.getfixturevalue("doctest_namespace")["torch"] = torch

@@ -96,6 +96,15 @@ def test_the_loss_finds_neighbors_among_features_once():
     assert with_features != without
 
 
+def test_neighbors_among_features_are_told_apart_far_from_the_origin():
+    """Where distances from inner products would lose them to rounding."""
+    features = 1000 + torch.rand(60, 5)
+    miner = ReciprocalNeighborMiner()
+    miner.features = features
+    expected = torch.cdist(features.double(), features.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(miner.distances(torch.zeros(60, 8)), expected.float())
+
+
 def test_features_carry_no_gradient_and_may_be_of_half_precision():
     features = torch.randn(20, 5, requires_grad=True)
     loss_func = HIERLoss(16, 8, miner=ReciprocalNeighborMiner(num_neighbors=6))

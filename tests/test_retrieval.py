@@ -13,11 +13,6 @@ from pytorch_metric_learning.utils.inference import CustomKNN, InferenceModel
 from hierloss import PoincareDistance, PoincareKNN, poincare, retrieval
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=["faiss", "torch"])
 def library(request, monkeypatch):
     """The search with FAISS, and as it is where FAISS is not installed."""
