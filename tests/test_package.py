@@ -117,14 +117,18 @@ def test_wheel_works_in_an_empty_environment(installed):
     assert not Path(found["file"]).is_relative_to(ROOT)
     assert Path(found["file"]).with_name("py.typed").exists()
     requires = {canonicalize_name(name): lines for name, lines in found["requires"].items()}
-    allowed, queue = {"pip", "setuptools"}, ["hierloss"]  # an environment is born with the first two
+    needed, queue = set(), [("hierloss", "")]  # distributions and their extras: a torch with CUDA asks for some
     while queue:
-        name = queue.pop()
-        allowed.add(name)
-        requirements = [Requirement(line) for line in requires.get(name, [])]
-        applying = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
-        queue += {canonicalize_name(r.name) for r in applying} - allowed
-    assert set(requires) <= allowed
+        name, extra = queue.pop()
+        if (name, extra) not in needed:
+            needed.add((name, extra))
+            requirements = [Requirement(line) for line in requires.get(name, [])]
+            applying = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})]
+            queue += [(canonicalize_name(r.name), e) for r in applying for e in ("", *r.extras)]
+    assert set(requires) <= {name for name, _ in needed} | {
+        "pip",
+        "setuptools",
+    }  # which environments are born with
 
 
 def test_a_training_step_in_an_empty_environment(installed):
