@@ -359,6 +359,7 @@ def test_equal_labels_come_before_any_distance():
 
 
 def test_even_triplets_cover_neighbours_and_the_rest_evenly():
+    """The s-th of t positives is at (s + 1/2) / t of the neighbours; the negatives step by the golden ratio."""
     v = points(20, dim=2)
     related = reference.reciprocal_neighbors(distance_matrix(v, v), None, 8)
     _, positives, negatives, valid = functional.reciprocal_triplets(
@@ -371,22 +372,11 @@ def test_even_triplets_cover_neighbours_and_the_rest_evenly():
                 counts = side.bincount(minlength=20)
                 assert counts[counts > 0].min() >= 400 // size - 2
                 assert (counts > 0).sum() == size
-            assert len(set(map(tuple, pairs.T.tolist()))) == len(related[i]) * (19 - len(related[i]))
-
-
-def test_even_triplets_are_the_middles_of_even_steps():
-    """The s-th of t positives is at (s + 1/2) / t of the neighbours; the negatives step by the golden ratio."""
-    v = points(20, dim=2)
-    related = reference.reciprocal_neighbors(distance_matrix(v, v), None, 8)
-    _, positives, negatives, valid = functional.reciprocal_triplets(
-        distance_matrix(v, v), num_neighbors=8, triplets_per_anchor=30, random=False
-    )
-    for i in range(20):
-        if valid[i * 30]:
             near, rest = sorted(related[i]), sorted(set(range(20)) - related[i] - {i})
-            for s in range(30):
-                assert positives[i * 30 + s] == near[int((s + 0.5) / 30 * len(near))]
-                assert negatives[i * 30 + s] == rest[int((s + 0.5) * (5**0.5 - 1) / 2 % 1 * len(rest))]
+            assert len(set(map(tuple, pairs.T.tolist()))) == len(near) * len(rest)
+            steps = [s + 0.5 for s in range(400)]
+            assert pairs[0].tolist() == [near[int(s / 400 * len(near))] for s in steps]
+            assert pairs[1].tolist() == [rest[int(s * (5**0.5 - 1) / 2 % 1 * len(rest))] for s in steps]
 
 
 def test_duplicates_of_a_class_are_its_nearest_neighbours():
