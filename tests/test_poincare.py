@@ -76,6 +76,9 @@ def test_sums_of_the_largest_coordinates_are_exact():
         x = size * directions(8, dim, seed=dim).sign() * 0.9 / math.sqrt(dim)
         y = torch.cat([x.flip(0), x])  # another order of the products
         assert (poincare.pairwise_distance(x, y, 1.0)[:, 8:].diagonal() == 0).all(), dim
+        pairs = x.view(4, 2, dim)
+        in_a_batch = poincare.pairwise_distance(pairs, pairs.flip(1), 1.0).flip(2).diagonal(dim1=1, dim2=2)
+        assert (in_a_batch == 0).all(), dim
         near = poincare.pairwise_distance(x, x + 1e-8 * directions(8, dim), 1.0).diagonal()
         torch.testing.assert_close(
             near, poincare.distance(x, x + 1e-8 * directions(8, dim), 1.0), rtol=1e-6, atol=0

@@ -121,7 +121,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if proxy_batch_size is not None:
             check_count("proxy_batch_size", proxy_batch_size, minimum=2)
         self.proxy_batch_size = proxy_batch_size
-        self.miner = ReciprocalNeighborMiner(distance=self.distance) if miner is None else miner
+        self.miner: BaseMiner = ReciprocalNeighborMiner(distance=self.distance) if miner is None else miner
         _check_miner(self.miner, self.distance)
         with torch.inference_mode(False):  # in which nothing could be trained that is made now
             self.proxies = torch.nn.UninitializedParameter()
