@@ -113,7 +113,7 @@ def _choice(mask: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """A true column of each row for every number of [0, 1); and how many there are."""
     cumulative = mask.cumsum(1, dtype=torch.int32)
     number = cumulative[:, -1:]
-    rank = (uniform * number).to(torch.int32) + 1
+    rank = (uniform * number).to(torch.int32) + 1  # in float32 the product of a number below 2^24 is below it
     column = torch.searchsorted(cumulative, rank)
     return column.clamp_max(mask.shape[1] - 1), number.squeeze(1)  # a row without true columns has none
 
