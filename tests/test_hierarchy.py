@@ -411,8 +411,10 @@ def trained_tree(start, seed):
     return tree, upper
 
 
-@pytest.mark.skipif(torch.__version__ < "2.4", reason="rounding decides: with torch 2.3 seed 100 ends at 0.944")
-@pytest.mark.parametrize("seed", [100, 101, 102])
+OTHER_ROUNDING = pytest.mark.skipif(torch.__version__ < "2.4", reason="with torch 2.3 this seed ends at 0.944")
+
+
+@pytest.mark.parametrize("seed", [pytest.param(100, marks=OTHER_ROUNDING), 101, 102])
 def test_training_recovers_a_known_tree(seed):
     tree, upper = trained_tree("data", seed)
     assert [dendrogram_purity(tree, level) >= 0.95 for level in upper.T] == [True, True]

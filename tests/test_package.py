@@ -125,10 +125,8 @@ def test_wheel_works_in_an_empty_environment(installed):
             requirements = [Requirement(line) for line in requires.get(name, [])]
             applying = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": extra})]
             queue += [(canonicalize_name(r.name), e) for r in applying for e in ("", *r.extras)]
-    assert set(requires) <= {name for name, _ in needed} | {
-        "pip",
-        "setuptools",
-    }  # which environments are born with
+    born_with = {"pip", "setuptools"}
+    assert set(requires) <= {name for name, _ in needed} | born_with
 
 
 def test_a_training_step_in_an_empty_environment(installed):
