@@ -38,7 +38,7 @@ def test_functional_core(drawn, monkeypatch):
     compiled = torch.compile(mean, fullgraph=True, backend="aot_eager")
     actual = values_and_gradients(compiled, distances)
     if drawn:  # the shapes that a compiler needs, and so the same random numbers
-        monkeypatch.setattr(functional, "asking_is_free", lambda _: False)
+        monkeypatch.setattr(functional, "shapes_may_depend_on_values", lambda _: False)
     torch.testing.assert_close(actual, values_and_gradients(mean, distances))
 
 
@@ -63,7 +63,9 @@ def test_the_loss_itself(with_labels, monkeypatch):
     value = compiled(embeddings, labels)
     value.backward()
     assert loss_func.proxies.grad.abs().max() > 0
-    monkeypatch.setattr(functional, "asking_is_free", lambda _: False)  # the shapes that a compiler needs
+    monkeypatch.setattr(
+        functional, "shapes_may_depend_on_values", lambda _: False
+    )  # the shapes that a compiler needs
     torch.manual_seed(1)
     torch.testing.assert_close(value, loss_func(embeddings, labels))
 

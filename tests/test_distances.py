@@ -24,6 +24,7 @@ REFUSING_LOSSES = {
     "HistogramLoss",
     "InstanceLoss",
     "LargeMarginSoftmaxLoss",
+    "NormalizedSoftmaxLoss",
     "PNPLoss",
     "SignalToNoiseRatioContrastiveLoss",
     "SmoothAPLoss",
@@ -104,8 +105,20 @@ def test_losses_that_refuse(name, batch):
         assert isinstance(loss_func.distance, PoincareDistance)  # SubCenterArcFaceLoss drops it before PML 2.9
         loss_func(*batch)
 
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, RuntimeError, ValueError)):
         use()
+
+
+def test_weights_are_not_mapped_to_the_ball_twice(batch):
+    """NormalizedSoftmaxLoss normalizes its weights, columns of a matrix, before it asks for distances."""
+    loss_func = losses.NormalizedSoftmaxLoss(4, 8, distance=PoincareDistance())
+    with pytest.raises(ValueError, match=r"dim must be the last dimension, got 0.* use ProxyNCALoss"):
+        loss_func(*batch)
+
+
+def test_other_norms_are_refused():
+    with pytest.raises(ValueError, match=r"p must be 2: .* got 1"):
+        PoincareDistance(p=1)
 
 
 @pytest.mark.parametrize("name", classes_of(miners, REFUSING_MINERS | BASE_MINERS))

@@ -75,7 +75,7 @@ def test_fixed_shapes_give_the_same_mean(monkeypatch):
     embeddings, labels = batch()
     dropped = value(loss_func, embeddings, labels)
     gradient = torch.autograd.grad(dropped, loss_func.proxies)[0]
-    monkeypatch.setattr(functional, "asking_is_free", lambda _: False)
+    monkeypatch.setattr(functional, "shapes_may_depend_on_values", lambda _: False)
     kept = value(loss_func, embeddings, labels)
     torch.testing.assert_close(kept, dropped)
     torch.testing.assert_close(torch.autograd.grad(kept, loss_func.proxies)[0], gradient, rtol=1e-4, atol=1e-6)
@@ -277,7 +277,7 @@ def test_distributed_loss_wrapper_in_one_process():
 def test_reducers(reducer, reduce, fixed_shapes, monkeypatch):
     """Every reducer sees the losses of the valid triplets, and their indices into the batch; also on a GPU."""
     if fixed_shapes:
-        monkeypatch.setattr(functional, "asking_is_free", lambda _: False)
+        monkeypatch.setattr(functional, "shapes_may_depend_on_values", lambda _: False)
     kwargs = {"miner": ReciprocalNeighborMiner(num_neighbors=4, triplets_per_anchor=7)}
     embeddings, labels = batch()
     plain = small(reducer=reducers.DoNothingReducer(), **kwargs)
@@ -348,7 +348,7 @@ def test_invalid_triplets_are_kept_on_an_accelerator_where_a_mean_can_leave_them
     embeddings, labels = batch()
     expected = value(loss_func, embeddings, labels)
     calls = spy_on_triplets(monkeypatch)
-    monkeypatch.setattr(functional, "asking_is_free", lambda _: False)
+    monkeypatch.setattr(functional, "shapes_may_depend_on_values", lambda _: False)
     torch.testing.assert_close(value(loss_func, embeddings, labels), expected)
     count = calls[0][1].shape[1]
     assert (count == 7 * (B + P)) == keeps_all
@@ -386,9 +386,9 @@ def test_distances_of_the_miner():
 
 def test_subclasses_are_not_bypassed():
     class Miner(ReciprocalNeighborMiner):
-        def mine(self, embeddings, labels, ref_emb, ref_labels):
+        def sample(self, distances, labels=None, random=True):
             one = torch.zeros(1, dtype=torch.long)
-            return one, one + 1, one + 2
+            return one, one + 1, one + 2, one == 0
 
     class Sum(reducers.MeanReducer):
         def triplet_reduction(self, losses, *_):
@@ -484,7 +484,7 @@ def test_forgotten_optimizer_is_reported_after_100_steps_also_of_fixed_embedding
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(99)
+        run(100)
     with pytest.warns(UserWarning, match="proxies of HIERLoss did not change in 100 training steps"):
         run(2)
 
@@ -512,13 +512,15 @@ def test_loading_a_state_dict_starts_the_count_again():
 
 
 def test_forgotten_optimizer_is_reported_inside_a_model_that_clears_gradients():
-    model = torch.nn.ModuleDict({"loss": small()})
+    model = torch.nn.ModuleDict({"trunk": torch.nn.Linear(D, D), "loss": small()})
+    optimizer = torch.optim.SGD(model["trunk"].parameters(), lr=0.1)
     embeddings, labels = batch()
 
     def train():
         for _ in range(110):
             model.zero_grad()
-            model["loss"](embeddings, labels).backward()
+            model["loss"](model["trunk"](embeddings), labels).backward()
+            optimizer.step()
 
     with pytest.warns(UserWarning, match="proxies of HIERLoss did not change in 100 training steps"):
         train()
@@ -539,6 +541,32 @@ def test_no_report_when_the_proxies_are_trained(through_data, accumulate):
                     loss_func.proxies.data.sub_(0.1 * loss_func.proxies.grad)
                 else:
                     optimizer.step()
+
+
+def test_no_report_when_gradients_are_accumulated_for_long():
+    """Neither the proxies nor the model change meanwhile."""
+    loss_func, trunk, (embeddings, labels) = small(), torch.nn.Linear(D, D), batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(250):
+            loss_func(trunk(embeddings), labels).backward()
+
+
+def test_no_report_when_gradients_are_only_looked_at():
+    loss_func, (embeddings, labels) = small(), batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(150):
+            torch.autograd.grad(loss_func(embeddings, labels), embeddings)
+
+
+def test_data_initialization_does_not_hide_a_forgotten_optimizer():
+    """It changes the proxies, as an optimizer would; what comes afterwards counts."""
+    loss_func = small()
+    run_without_optimizer(loss_func, 3)
+    loss_func.init_proxies(batch()[0])
+    with pytest.warns(UserWarning, match="proxies of HIERLoss did not change in 100 training steps"):
+        run_without_optimizer(loss_func, 110)
 
 
 def test_no_report_without_gradients():
@@ -698,7 +726,7 @@ def test_every_floating_dtype(dtype):
     low = embeddings.detach().to(dtype).requires_grad_()
     loss_func = small()
     loss = value(loss_func, low, labels)
-    assert loss.dtype == dtype
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
     if dtype != torch.float64:  # which draws other random numbers
         torch.testing.assert_close(loss.float(), value(loss_func, low.detach().float(), labels), rtol=1e-2, atol=0)
     assert_trains(loss_func, loss, low)
@@ -799,6 +827,7 @@ def test_stats():
         "fraction_active",
         "num_ancestors",
         "fraction_clipped",
+        "unscaled_gradient_ratio",
     }
     assert not hasattr(small(), "num_triplets")
 
@@ -858,7 +887,7 @@ def test_fraction_clipped_is_of_norms_from_the_radius_on():
 @pytest.mark.parametrize("reducer", [None, reducers.AvgNonZeroReducer()])
 def test_awkward_batches_are_finite(embeddings, labels, fixed_shapes, reducer, monkeypatch):
     if fixed_shapes:
-        monkeypatch.setattr(functional, "asking_is_free", lambda _: False)
+        monkeypatch.setattr(functional, "shapes_may_depend_on_values", lambda _: False)
     loss_func = small(reducer=reducer)
     embeddings = embeddings.clone().requires_grad_()
     loss = value(loss_func, embeddings, labels)

@@ -7,7 +7,7 @@ from pytorch_metric_learning import losses, miners
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.utils.distributed import DistributedMinerWrapper
 
-from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner, functional
+from hierloss import PoincareDistance, ReciprocalNeighborMiner
 
 
 @pytest.fixture
@@ -70,58 +70,6 @@ def test_bad_arguments(batch):
         ReciprocalNeighborMiner()(embeddings, labels, embeddings.clone(), labels)
 
 
-def test_the_loss_finds_neighbors_among_features_once():
-    """Features say who is near whom for the batch that follows, and for no other."""
-    torch.manual_seed(0)
-    embeddings, features = torch.randn(30, 8), torch.randn(30, 5)
-    loss_func = HIERLoss(16, 8, miner=ReciprocalNeighborMiner(num_neighbors=6)).eval()
-    without = loss_func(embeddings)
-    loss_func.miner.features = features
-    with_features = loss_func(embeddings)
-    assert loss_func.miner.features is None
-    torch.testing.assert_close(loss_func(embeddings), without, rtol=0, atol=0)
-
-    distances = torch.cdist(features.double(), features.double())
-    *triplets, valid = functional.reciprocal_triplets(distances, num_neighbors=6, random=False)
-    triplets = torch.stack(triplets)[:, valid]
-    to_proxies = loss_func.distance(embeddings, loss_func.proxies)
-    noise = torch.zeros(()).expand(2, triplets.shape[1], 16)
-    of_samples = functional.hierarchical_triplet_loss(to_proxies, triplets, noise=noise).losses.mean()
-    among = loss_func.distance(loss_func.proxies)
-    *triplets, valid = functional.reciprocal_triplets(among, num_neighbors=6, random=False)
-    triplets = torch.stack(triplets)[:, valid]
-    noise = torch.zeros(()).expand(2, triplets.shape[1], 16)
-    of_proxies = functional.hierarchical_triplet_loss(among, triplets, noise=noise).losses.mean()
-    torch.testing.assert_close(with_features, of_samples + of_proxies)
-    assert with_features != without
-
-
-def test_neighbors_among_features_are_told_apart_far_from_the_origin():
-    """Where distances from inner products would lose them to rounding."""
-    features = 1000 + torch.rand(60, 5)
-    miner = ReciprocalNeighborMiner()
-    miner.features = features
-    expected = torch.cdist(features.double(), features.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    torch.testing.assert_close(miner.distances(torch.zeros(60, 8)), expected.float())
-
-
-def test_features_carry_no_gradient_and_may_be_of_half_precision():
-    features = torch.randn(20, 5, requires_grad=True)
-    loss_func = HIERLoss(16, 8, miner=ReciprocalNeighborMiner(num_neighbors=6))
-    loss_func.miner.features = features.bfloat16()
-    embeddings = torch.randn(20, 8, requires_grad=True)
-    loss_func(embeddings).backward()
-    assert embeddings.grad.abs().sum() > 0
-    assert features.grad is None
-
-
-def test_features_of_another_batch_are_refused():
-    loss_func = HIERLoss(16, 8)
-    loss_func.miner.features = torch.randn(19, 5)
-    with pytest.raises(ValueError, match=r"features must have shape \(20, F\).*got shape \(19, 5\)"):
-        loss_func(torch.randn(20, 8))
-
-
 def test_defaults_are_the_papers_and_on_record(batch):
     """PML's record-keeper asks for what is in these lists."""
     miner = ReciprocalNeighborMiner()
@@ -133,13 +81,3 @@ def test_defaults_are_the_papers_and_on_record(batch):
     assert not torch.equal(*drawn)  # random, unless told otherwise
     even = [torch.stack(miner.sample(distances, random=False)[:3]) for _ in range(2)]
     assert torch.equal(*even)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_do_not_pass_silently(bad):
-    features = torch.randn(20, 5)
-    features[3, 2] = bad
-    loss_func = HIERLoss(16, 8)
-    loss_func.miner.features = features
-    assert loss_func(torch.randn(20, 8)).isnan()
-    assert loss_func(torch.randn(20, 8)).isfinite()

@@ -7,7 +7,17 @@ from typing import Any
 import geoopt
 from torch import Tensor
 
-__all__ = ["check_count", "check_curvature", "check_embeddings", "check_labels", "check_number"]
+__all__ = [
+    "check_count",
+    "check_curvature",
+    "check_embeddings",
+    "check_labels",
+    "check_number",
+    "check_temperature",
+]
+
+_MIN_TEMPERATURE = 1e-30
+"""Distances divided by a smaller number can be infinite in float32."""
 
 
 def check_number(name: str, value: Any, *, positive: bool = True) -> float:
@@ -17,6 +27,13 @@ def check_number(name: str, value: Any, *, positive: bool = True) -> float:
         raise TypeError(f"{name} must be a {kind} number, got {value!r} of type {type(value).__name__}")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be a finite {kind} number, got {value}")
+    return float(value)
+
+
+def check_temperature(value: Any) -> float:
+    """Return ``value`` if it is a temperature by which distances can be divided in float32."""
+    if check_number("temperature", value) < _MIN_TEMPERATURE:
+        raise ValueError(f"temperature must be at least {_MIN_TEMPERATURE}, got {value}")
     return float(value)
 
 
@@ -32,8 +49,10 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
 def check_curvature(c: Any) -> float | geoopt.PoincareBall:
     """Return ``c`` if it is a positive number or a geoopt ball of one."""
     if isinstance(c, geoopt.PoincareBall):
+        if c.c.numel() != 1:
+            raise ValueError(f"c of the geoopt.PoincareBall must have one element, got shape {tuple(c.c.shape)}")
         if c.c.device.type != "meta":
-            check_number("c of the geoopt.PoincareBall", float(c.c.detach()))  # geoopt's softplus overflows at 89
+            check_number("c of the geoopt.PoincareBall", c.c.item())  # geoopt's softplus overflows at 89
         return c
     if isinstance(c, bool) or not isinstance(c, numbers.Real):
         raise TypeError(f"c must be a positive number or a geoopt.PoincareBall, got {type(c).__name__}")

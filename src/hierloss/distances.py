@@ -9,7 +9,6 @@ from torch import Tensor
 
 from . import poincare
 from ._checks import check_curvature, check_number
-from .modules import as_number, current_c
 
 __all__ = ["PoincareDistance"]
 
@@ -58,13 +57,15 @@ class PoincareDistance(BaseDistance):  # type: ignore[misc]
         super().__init__(normalize_embeddings=normalize_embeddings, **kwargs)
         if self.is_inverted:
             raise ValueError("is_inverted must be False: a larger hyperbolic distance means less similar")
+        if self.p != 2:
+            raise ValueError(f"p must be 2: hyperbolic distances have no other norm, got {self.p}")
         self.curvature = check_curvature(c)
         self.clip_radius = None if clip_radius is None else check_number("clip_radius", clip_radius)
 
     @property
     def c(self) -> float | Tensor:
         """Minus the curvature: a number, or the ball's tensor."""
-        return current_c(self.curvature)
+        return poincare.current_c(self.curvature)
 
     def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> Tensor:
         """Distances of all pairs, shape ``(N, M)``, of embeddings ``(N, D)`` and ``(M, D)``."""
@@ -74,19 +75,25 @@ class PoincareDistance(BaseDistance):  # type: ignore[misc]
         return mat.to(dtype)
 
     def normalize(self, embeddings: Tensor, dim: int = -1, **_: Any) -> Tensor:
-        """Map Euclidean features to the ball, in float64 so that nothing is lost at the boundary.
+        """Map Euclidean features to the ball, in float64 to keep all digits near the boundary.
 
         Args:
-            embeddings: features, along ``dim``.
-            dim: the dimension of the features.
+            embeddings: features of shape ``(..., D)``.
+            dim: the last dimension; PML passes it.
 
         Returns:
-            Points of the ball, of the shape of ``embeddings``.
+            Points of the ball, of the same shape.
+
+        Raises:
+            ValueError: another dimension.
         """
+        if dim not in (-1, embeddings.ndim - 1):
+            raise ValueError(
+                f"dim must be the last dimension, got {dim}: a loss that normalizes its own weights, such as "
+                "NormalizedSoftmaxLoss, would map them to the ball twice; use ProxyNCALoss, which does not"
+            )
         with torch.autocast(embeddings.device.type, enabled=False):
-            v = embeddings.movedim(dim, -1)
-            v = v if v.device.type == "mps" else v.double()
-            return poincare.exp_map0(poincare.clip_norm(v, self.clip_radius), self.c).movedim(-1, dim)
+            return poincare.exp_map0(poincare.working(embeddings), self.c, self.clip_radius)
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor | None) -> Tensor:
         """Distances of all pairs of points that are on the ball."""
@@ -98,4 +105,4 @@ class PoincareDistance(BaseDistance):  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         on_ball = "" if self.normalize_embeddings else ", normalize_embeddings=False"
-        return f"c={as_number(self.c):g}, clip_radius={self.clip_radius}{on_ball}"
+        return f"c={poincare.as_number(self.c):g}, clip_radius={self.clip_radius}{on_ball}"

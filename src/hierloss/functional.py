@@ -4,9 +4,8 @@ Conventions of this file
     - ``N`` points (embeddings or proxies), ``P`` hierarchical proxies, ``T`` triplets.
     - ``triplets`` are three index tensors ``(anchors, positives, negatives)`` of shape ``(T,)``: ``anchors``
       and ``positives`` are the related pair.
-    - ``noise`` is standard Gumbel noise; random numbers come from ``generator``, or from torch's default
-      generator of the device.
-    - Shapes do not depend on values, so nothing here makes the host wait for the device.
+    - ``noise`` is standard Gumbel noise; random numbers come from torch's default generator of the device.
+    - Shapes are fixed: the CPU never waits for the GPU.
 
 Source: Kim, Jeong, Kwak, "HIER: Metric Learning Beyond Class Labels via Hierarchical Regularization" (CVPR
 2023, arXiv 2212.14258), sections 3.2 and 3.3.
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_number
+from ._checks import check_count, check_number, check_temperature
 
 __all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_triplets"]
 
@@ -37,7 +36,6 @@ def reciprocal_triplets(
     num_neighbors: int = 20,
     triplets_per_anchor: int = 50,
     random: bool = True,
-    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Draw triplets whose related pair are reciprocal nearest neighbours.
 
@@ -53,7 +51,6 @@ def reciprocal_triplets(
         num_neighbors: ``k``; more than ``N`` means ``N``.
         triplets_per_anchor: ``t``.
         random: ``False`` spreads positives and negatives evenly instead of drawing them.
-        generator: source of the random numbers.
 
     Raises:
         TypeError, ValueError: distances that are not a square matrix, labels of another length, counts too small.
@@ -90,7 +87,7 @@ def reciprocal_triplets(
         related = neighbors & neighbors.mT & ~itself
         draws = distances.new_empty(count, triplets_per_anchor, dtype=torch.float32)
         if random:
-            uniform = [_uniform(draws, generator) for _ in range(2)]
+            uniform = [_uniform(draws) for _ in range(2)]
         else:  # even, each by itself and both together: the second steps by the golden ratio
             steps = torch.arange(triplets_per_anchor, dtype=draws.dtype, device=draws.device) + 0.5
             uniform = [
@@ -134,7 +131,6 @@ def hierarchical_triplet_loss(
     margin: float = 0.1,
     temperature: float = 0.1,
     noise: Tensor | None = None,
-    generator: torch.Generator | None = None,
 ) -> HierarchicalTripletLoss:
     r"""The loss of every triplet: the pair's lowest common ancestor is to be nearer than that of all three.
 
@@ -160,7 +156,6 @@ def hierarchical_triplet_loss(
         temperature: :math:`\tau`, positive.
         noise: Gumbel noise of shape ``(2, T, P)`` for the two draws. Zeros choose the most probable ancestor, and
             -inf keeps a proxy from being drawn.
-        generator: source of the random numbers where ``noise`` is not given.
 
     Returns:
         `HierarchicalTripletLoss` of ``losses`` ``(T,)``, differentiable once, and ``ancestors`` ``(2, T)``. The
@@ -186,7 +181,7 @@ def hierarchical_triplet_loss(
             f"got {distances.dtype} of shape {tuple(distances.shape)}"
         )
     check_number("margin", margin, positive=False)
-    check_number("temperature", temperature)
+    check_temperature(temperature)
     indices = torch.stack(tuple(triplets))
     if indices.ndim != 2 or len(indices) != 3:
         raise ValueError(f"triplets must be three index tensors of shape (T,), got shape {tuple(indices.shape)}")
@@ -195,13 +190,13 @@ def hierarchical_triplet_loss(
         raise ValueError(f"noise must have shape {expected}, (2, T, P), got shape {tuple(noise.shape)}")
     # Half precision has too few digits for weights that are exponentials.
     distances = distances.to(torch.promote_types(distances.dtype, torch.float32)).contiguous()
-    losses, ancestors = _HierarchicalTripletLoss.apply(distances, indices, margin, temperature, noise, generator)
+    losses, ancestors = _HierarchicalTripletLoss.apply(distances, indices, margin, temperature, noise)
     return HierarchicalTripletLoss(losses, ancestors)
 
 
 class _HierarchicalTripletLoss(torch.autograd.Function):
     @staticmethod
-    def forward(distances, triplets, margin, temperature, noise, generator):  # type: ignore[no-untyped-def]
+    def forward(distances, triplets, margin, temperature, noise):  # type: ignore[no-untyped-def]
         logits = distances / -temperature
         chunks, zeros = [], []
         for here in _chunks(triplets.shape[1], distances):
@@ -211,14 +206,14 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
                 chunks.append(drawn)
                 zeros.append(highest.sum(0) * 0)  # NaN if the noise is
             else:
-                chunks.append(_inverse_cdf(ancestor_logits.softmax(-1), generator))
+                chunks.append(_inverse_cdf(ancestor_logits.softmax(-1)))
         ancestors = torch.cat(chunks, 1)
         losses = _terms(distances, triplets, ancestors, margin).clamp_min_(0).sum(0)
         return losses + torch.cat(zeros) if zeros else losses, ancestors
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        distances, triplets, ctx.margin, ctx.temperature, noise, ctx.generator = inputs
+        distances, triplets, ctx.margin, ctx.temperature, noise = inputs
         ctx.save_for_backward(distances, triplets, noise, output[1])
         ctx.mark_non_differentiable(output[1])
 
@@ -228,7 +223,7 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
             grad = _HierarchicalTripletLoss.gradient(ctx, grad_losses)
         if torch.is_grad_enabled():  # somebody may want to differentiate again
             grad = _DifferentiableOnce.apply(grad, ctx.saved_tensors[0])
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None
 
     @staticmethod
     def gradient(ctx, grad_losses):  # type: ignore[no-untyped-def]
@@ -238,7 +233,7 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         slopes = ~inactive * grad_losses
         slopes[2].neg_()
         kept = torch.arange(slopes.shape[1], device=slopes.device)
-        if asking_is_free(slopes):
+        if shapes_may_depend_on_values(slopes):
             kept = slopes.any(0).nonzero().squeeze(1)
             triplets, ancestors, slopes = triplets[:, kept], ancestors[:, kept], slopes[:, kept]
 
@@ -254,7 +249,6 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
                 ancestors[:, here],
                 slopes[:, here],
                 None if noise is None else noise[:, kept[here]],
-                ctx.generator,
             )
         return grad
 
@@ -278,14 +272,14 @@ class _DifferentiableOnce(torch.autograd.Function):
         )
 
 
-def asking_is_free(tensor: Tensor) -> bool:
-    """Whether shapes may depend on values here: on an accelerator the host would wait, and a compiler balk."""
+def shapes_may_depend_on_values(tensor: Tensor) -> bool:
+    """Whether this is eager mode on a CPU; elsewhere such shapes cost a synchronization or do not compile."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _chunks(count: int, distances: Tensor) -> list[slice]:
     """Slices of the triplets, as many at a time as the chunk size allows."""
-    cells = _CHUNK_CELLS if asking_is_free(distances) else _CHUNK_CELLS_FUSED
+    cells = _CHUNK_CELLS if shapes_may_depend_on_values(distances) else _CHUNK_CELLS_FUSED
     size = max(1, cells // max(1, distances.shape[1]))
     return [slice(start, start + size) for start in range(0, max(count, 1), size)]
 
@@ -312,12 +306,12 @@ def _rows_and_ancestor_logits(logits: Tensor, triplets: Tensor) -> tuple[Tensor,
     return rows, ancestor_logits
 
 
-def _inverse_cdf(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+def _inverse_cdf(probabilities: Tensor) -> Tensor:
     """Draw an index of the last dimension."""
     cumulative = probabilities.cumsum(-1)
     total = cumulative[..., -1:]
     # 1 - [0, 1) is never 0, so an index of weight 0 is never drawn, and never more than 1, so one always is.
-    uniform = 1 - _uniform(total, generator)
+    uniform = 1 - _uniform(total)
     index = torch.searchsorted(cumulative, uniform.mul_(total))
     return index.squeeze(-1).clamp_max_(probabilities.shape[-1] - 1)  # NaN has no index
 
@@ -329,7 +323,6 @@ def _add_soft_gradient(
     ancestors: Tensor,
     slopes: Tensor,
     noise: Tensor | None,
-    generator: torch.Generator | None,
 ) -> None:
     """Add to ``grad``, that of the distances, what flows back through the soft choice of the ancestors.
 
@@ -342,8 +335,8 @@ def _add_soft_gradient(
         soft = (ancestor_logits + noise).softmax(-1)
     else:
         probabilities = ancestor_logits.softmax(-1)
-        first = _uniform(probabilities[..., :1], generator).clamp_min_(torch.finfo(logits.dtype).tiny).log_()
-        delay = _uniform(probabilities, generator).log_().scatter_(-1, ancestors.unsqueeze(-1), 0)
+        first = _uniform(probabilities[..., :1]).clamp_min_(torch.finfo(logits.dtype).tiny).log_()
+        delay = _uniform(probabilities).log_().scatter_(-1, ancestors.unsqueeze(-1), 0)
         # 1 / t_p = probability_p / (first * probability_p + delay_p). Logarithms of uniform numbers are negative
         # exponential ones, so the result is negative; its sum below is negative too.
         soft = probabilities.div_(delay.addcmul_(first, probabilities))
@@ -364,15 +357,12 @@ def _add_soft_gradient(
     grad.index_add_(0, triplets.flatten(), rows.view(-1, logits.shape[1]))
 
 
-def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Uniform random numbers of [0, 1), shaped like ``like``."""
-    if like.dtype != torch.float32 or not asking_is_free(like):
-        if generator is None:  # a compiler takes sizes that it does not know yet only without the argument
-            return torch.rand(like.shape, dtype=like.dtype, device=like.device)
-        return torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+def _uniform(like: Tensor) -> Tensor:
+    """Uniform random numbers of [0, 1), shaped like ``like``, from torch's default generator."""
+    if like.dtype != torch.float32 or not shapes_may_depend_on_values(like):
+        return torch.rand(like.shape, dtype=like.dtype, device=like.device)
     # Random numbers are most of what the loss costs on a CPU, and two of 32 bits come cheaper out of one of 64
     # than two of torch.rand. Of each, 24 bits are used, as torch.rand does.
-    wide = torch.empty((like.numel() + 1) // 2, dtype=torch.int64, device=like.device)
-    wide.random_(-(2**63), None, generator=generator)
+    wide = torch.empty((like.numel() + 1) // 2, dtype=torch.int64, device=like.device).random_(-(2**63), None)
     bits = wide.view(torch.int32)[: like.numel()].view(like.shape)
     return bits.bitwise_and_(2**24 - 1).to(torch.float32).mul_(2.0**-24)

@@ -2,6 +2,10 @@
 
 import math
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,17 +16,27 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from . import functional, poincare
-from ._checks import check_count, check_embeddings, check_labels, check_number
+from ._checks import check_count, check_embeddings, check_labels, check_number, check_temperature
 from .distances import PoincareDistance
-from .hierarchy import Hierarchy, initial_proxies
+from .gradient_ratio import hold_gradient_ratio
+from .hierarchy import Hierarchy
 from .miners import ReciprocalNeighborMiner
-from .modules import as_number
 
 __all__ = ["HIERLoss"]
 
 _FORGOTTEN_AFTER = 100
-"""Training steps without an update after which the optimizer is taken to have been forgotten; more than anybody
-accumulates gradients over."""
+"""Updates of the model without one of the proxies after which `HIERLoss` warns."""
+
+_LARGE_RATIO_AFTER = 100
+"""Backward passes in a row with a gradient larger than all others' after which `HIERLoss` warns."""
+
+_CHUNK_ROWS = 4096
+"""Embeddings that are mapped to the ball at a time where there may be a whole data set of them."""
+
+_neighbor_features: ContextVar[Mapping["HIERLoss", Tensor]] = ContextVar(
+    "neighbor_features", default=MappingProxyType({})
+)
+"""The features of each loss in the `HIERLoss.neighbors_from` blocks that this thread is in."""
 
 
 class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
@@ -30,56 +44,61 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     Add it to any metric learning loss:
 
-        losses.MultipleLosses([losses.ProxyAnchorLoss(100, 128), HIERLoss()], weights=[1, 0.5])
+        losses.MultipleLosses([losses.ProxyAnchorLoss(100, 128), HIERLoss(gradient_ratio=0.3)])
 
-    Embeddings and proxies are Euclidean vectors that `PoincareDistance` maps to the ball. Triplets
-    :math:`(i, j, k)` whose ``i`` and ``j`` are reciprocal neighbours are drawn among the embeddings of the
-    batch, and likewise among the proxies. The lowest common ancestor of a set is a proxy, drawn with the
-    Gumbel-max trick from :math:`\mathrm{softmax}_p(-\max_a d(a, \rho_p) / \tau)`. The ancestor of the pair,
-    :math:`\rho_{ij}`, is to be nearer to the pair than the ancestor of all three, :math:`\rho_{ijk}`, and
-    farther from ``k``:
+    `PoincareDistance` maps embeddings and proxies, both Euclidean vectors, to the ball. Triplets :math:`(i, j, k)`
+    whose ``i`` and ``j`` are reciprocal neighbours are drawn among the embeddings of the batch, and likewise among
+    the proxies. The lowest common ancestor of a set is a proxy, drawn with the Gumbel-max trick from
+    :math:`\mathrm{softmax}_p(-\max_a d(a, \rho_p) / \tau)`. The loss of a triplet pulls the ancestor of the pair,
+    :math:`\rho_{ij}`, nearer to the pair than the ancestor of all three, :math:`\rho_{ijk}`, and pushes it away
+    from ``k``:
 
     .. math:: [d(i, \rho_{ij}) - d(i, \rho_{ijk}) + m]_+ + [d(j, \rho_{ij}) - d(j, \rho_{ijk}) + m]_+
         + [d(k, \rho_{ijk}) - d(k, \rho_{ij}) + m]_+
 
-    or 0 where both are the same proxy. The loss is the mean over the embeddings' triplets (``sample_loss``,
-    reduction type ``triplet``) plus the mean over the proxies' triplets (``proxy_loss``). In eval mode nothing is
-    drawn: the most probable ancestor is taken, and triplets are spread evenly.
+    It is 0 where both are the same proxy. HIER is the mean over the triplets of embeddings (``sample_loss``,
+    reduction type ``triplet``) plus the mean over the triplets of proxies (``proxy_loss``). Eval mode draws no
+    random numbers: it takes the most probable ancestors and evenly spread triplets.
 
     The proxies are parameters of the loss: **give them to the optimizer**,
-    ``torch.optim.Adam([*model.parameters(), *loss_func.parameters()])``. Every random number comes from
-    torch's default generators.
+    ``torch.optim.Adam([*model.parameters(), *loss_func.parameters()])``. Random numbers come from torch's default
+    generators.
 
-    Called as any PML loss, ``loss_func(embeddings, labels)``, with embeddings ``(N, D)`` of any floating dtype
-    and labels ``(N,)`` or ``None``; returns a scalar. The ``indices_tuple`` that `MultipleLosses` hands to all
-    its losses is ignored: HIER mines its own triplets, and ``miner`` is the way to change them.
+    Called as any PML loss, ``loss_func(embeddings, labels)``, with embeddings ``(N, D)`` of any floating dtype and
+    labels ``(N,)`` or ``None``; returns a scalar, at least float32. `MultipleLosses` hands one ``indices_tuple``
+    to all its losses; HIERLoss ignores it, because it mines its own triplets. ``miner`` changes them.
 
     Args:
         num_proxies: number of hierarchical proxies ``P``, 512 in the paper. Time grows faster than linearly with
-            it: take fewer on a CPU or for few classes, 64 for instance, or see ``proxy_batch_size``.
-        embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. An optimizer
-            built before that batch trains the proxies all the same. Give it where something must know the
-            parameters' sizes before: ``numel()``, ``Adagrad``, ``AveragedModel``,
-            ``DistributedDataParallel``, ``torch.compile(fullgraph=True)``.
+            it: take fewer on a CPU or for few classes, 64 for instance, or set ``proxy_batch_size``.
+        embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. An optimizer built
+            before that batch still trains the proxies. Give it where the sizes of the parameters must be known
+            earlier: ``numel()``, ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``,
+            ``torch.compile(fullgraph=True)``.
         margin: ``m``.
-        temperature: :math:`\tau` of the ancestors' distribution.
-        miner: miner of the triplets among embeddings, default `ReciprocalNeighborMiner`; its
-            ``num_neighbors`` and ``triplets_per_anchor`` hold for the proxies too, and its ``features`` let
-            neighbours be found among a frozen backbone's features. Any other PML miner is called with
-            embeddings and labels.
-        proxy_batch_size: draw the proxies' triplets among this many proxies, drawn anew in every step;
-            ``None`` for all. Time and memory of a large ``num_proxies`` come from here. Neighbourhoods among
-            fewer proxies are wider ones; ancestors are still chosen from all.
-        **kwargs: PML's options: ``distance`` (a `PoincareDistance`, of which curvature and way onto the ball are
-            read), ``reducer``, ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
+        temperature: :math:`\tau` of the distribution of ancestors.
+        miner: miner of the triplets of embeddings, default `ReciprocalNeighborMiner`. Any other PML miner is
+            called with embeddings (or the features of `neighbors_from`) and labels.
+        proxy_miner: a `ReciprocalNeighborMiner`, whose ``num_neighbors`` and ``triplets_per_anchor`` hold for the
+            triplets of proxies. Default: ``miner``, or the default miner if ``miner`` is of another class.
+        proxy_batch_size: draw the triplets of proxies among this many proxies, drawn anew in every step; ``None``
+            for all. It bounds time and memory for a large ``num_proxies``. Ancestors are still chosen from all.
+        gradient_ratio: norm of HIER's gradient at the embeddings, relative to the norm of all other gradients that
+            reach the same embeddings in the same backward pass; see `hierloss.gradient_ratio`. Weights of
+            `MultipleLosses` then act on the gradient of the proxies only. ``None`` scales nothing: the weight is
+            the paper's :math:`\lambda`.
+        **kwargs: PML's options: ``distance`` (a `PoincareDistance`, which holds the curvature), ``reducer``,
+            ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
     Attributes:
         proxies: the parameter, tangent vectors at the origin, shape ``(P, D)``.
-        num_triplets: triplets among embeddings and proxies. This and what follows with ``collect_stats``, of the
+        num_triplets: triplets of embeddings and proxies. This and the following with ``collect_stats``, of the
             last batch.
         fraction_active: the share of them with a loss above 0.
         num_ancestors: how many different proxies were drawn as ancestors.
         fraction_clipped: the share of embeddings at the clip radius.
+        unscaled_gradient_ratio: norm of HIER's gradient at the embeddings before ``gradient_ratio`` scales it,
+            relative to all others'; set by the backward pass.
 
     Raises:
         TypeError, ValueError: an argument is not what is described above; embeddings of another width than the
@@ -88,7 +107,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     Example:
         >>> from pytorch_metric_learning import losses
         >>> loss_func = losses.MultipleLosses(
-        ...     [losses.ProxyAnchorLoss(num_classes=10, embedding_size=64), HIERLoss()], weights=[1, 0.5]
+        ...     [losses.ProxyAnchorLoss(num_classes=10, embedding_size=64), HIERLoss(gradient_ratio=0.3)]
         ... )
         >>> embeddings, labels = torch.randn(32, 64, requires_grad=True), torch.arange(32) % 10
         >>> loss_func(embeddings, labels).backward()
@@ -104,7 +123,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         margin: float = 0.1,
         temperature: float = 0.1,
         miner: torch.nn.Module | None = None,
+        proxy_miner: ReciprocalNeighborMiner | None = None,
         proxy_batch_size: int | None = None,
+        gradient_ratio: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -117,20 +138,38 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             raise ValueError(f"the power of the distance must be 1 for HIERLoss, got {self.distance.power}")
         self.num_proxies = check_count("num_proxies", num_proxies)
         self.margin = check_number("margin", margin, positive=False)
-        self.temperature = check_number("temperature", temperature)
+        self.temperature = check_temperature(temperature)
+        self.miner: BaseMiner = ReciprocalNeighborMiner(distance=self.distance) if miner is None else miner
+        _check_miner(self.miner, self.distance)
+        if not (proxy_miner is None or isinstance(proxy_miner, ReciprocalNeighborMiner)):
+            raise TypeError(
+                f"proxy_miner must be a hierloss.ReciprocalNeighborMiner, got {type(proxy_miner).__name__}"
+            )
+        self.proxy_miner = proxy_miner
         if proxy_batch_size is not None:
             check_count("proxy_batch_size", proxy_batch_size, minimum=2)
         self.proxy_batch_size = proxy_batch_size
-        self.miner: BaseMiner = ReciprocalNeighborMiner(distance=self.distance) if miner is None else miner
-        _check_miner(self.miner, self.distance)
-        with torch.inference_mode(False):  # in which nothing could be trained that is made now
+        if gradient_ratio is not None:
+            check_number("gradient_ratio", gradient_ratio, positive=False)
+        self.gradient_ratio = gradient_ratio
+        with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
             self.proxies = torch.nn.UninitializedParameter()
-        self._steps_without_update: int | None = 0
+        self._watch_from_here()
+        self._reported_alone = self._reported_large_ratio = False
+        self._backwards_with_large_ratio = 0
         if embedding_size is not None:
             self._create_proxies(check_count("embedding_size", embedding_size))
-        self.add_to_recordable_attributes(list_of_names=["num_proxies", "margin", "temperature"], is_stat=False)
         self.add_to_recordable_attributes(
-            list_of_names=["num_triplets", "fraction_active", "num_ancestors", "fraction_clipped"],
+            list_of_names=["num_proxies", "margin", "temperature", "gradient_ratio"], is_stat=False
+        )
+        self.add_to_recordable_attributes(
+            list_of_names=[
+                "num_triplets",
+                "fraction_active",
+                "num_ancestors",
+                "fraction_clipped",
+                "unscaled_gradient_ratio",
+            ],
             is_stat=True,
         )
 
@@ -143,18 +182,13 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     def _is_lazy(self) -> bool:
         return isinstance(self.proxies, torch.nn.UninitializedParameter)
 
-    @property
-    def _proxy_miner(self) -> ReciprocalNeighborMiner:
-        """The miner of the proxies' triplets; no module of its own, which the state_dict would name."""
-        if isinstance(self.miner, ReciprocalNeighborMiner):
-            return self.miner
-        return ReciprocalNeighborMiner(distance=self.distance)
-
     def get_default_distance(self) -> PoincareDistance:
         return PoincareDistance()
 
     def _sub_loss_names(self) -> list[str]:
         return ["sample_loss", "proxy_loss"]
+
+    # --- the loss -------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -163,6 +197,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         indices_tuple: Any = None,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
+        *,
+        neighbor_features: Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch.
 
@@ -173,6 +209,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             indices_tuple: ignored, HIER mines its own triplets.
             ref_emb: not supported.
             ref_labels: not supported.
+            neighbor_features: as in `neighbors_from`, for this call.
 
         Returns:
             The reduced loss, a scalar.
@@ -185,6 +222,16 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             )
         check_embeddings("embeddings", embeddings, self.embedding_size)
         check_labels(labels, len(embeddings))
+        if neighbor_features is None:
+            neighbor_features = _neighbor_features.get().get(self)
+        if neighbor_features is not None:
+            check_embeddings("neighbor_features", neighbor_features)
+            if len(neighbor_features) != len(embeddings):
+                raise ValueError(
+                    f"neighbor_features must have shape ({len(embeddings)}, F), one row for each embedding, got "
+                    f"shape {tuple(neighbor_features.shape)}; gather the features as well where "
+                    "DistributedLossWrapper gathers the embeddings"
+                )
         if self._is_lazy:
             self._create_proxies(embeddings.shape[1], embeddings)
         if self.proxies.device != embeddings.device:
@@ -194,26 +241,23 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             )
         self._watch_optimizer(embeddings)
         with torch.autocast(embeddings.device.type, enabled=False):
-            loss: Tensor = super().forward(embeddings, labels)
+            # PML hands its third argument, the indices_tuple, to compute_loss untouched.
+            loss: Tensor = super().forward(self._hold_gradient_ratio(embeddings), labels, neighbor_features)
         return loss
 
-    def compute_loss(self, embeddings: Tensor, labels: Tensor | None, *_: Any) -> dict[str, dict[str, Any]]:
+    def compute_loss(
+        self, embeddings: Tensor, labels: Tensor | None, neighbor_features: Tensor | None = None, *_: Any
+    ) -> dict[str, dict[str, Any]]:
         batch_size = len(embeddings)
-        points = poincare.project(self.distance.maybe_normalize(embeddings), self.distance.c)
-        features = getattr(self.miner, "features", None)
-        if features is not None:  # a 0 that is NaN if they are not finite: who is near then must not look fine
-            points = points + (features.detach() * 0).sum()
+        points = self._points(embeddings)
         ancestors = self.distance.normalize(self.proxies)
         proxy_batch = self._proxy_batch()
-        distances = poincare.pairwise_distance(
-            torch.cat([points, ancestors[proxy_batch]]),
-            ancestors,
-            self.distance.c,
-            dtype=poincare.result_dtype(embeddings),
-        )
-        sample_triplets, sample_valid = self._mine(embeddings, labels)
+        distances = self._distances(torch.cat([points, ancestors[proxy_batch]]), ancestors, embeddings)
+        if neighbor_features is not None:  # features that are not finite give a loss that is not
+            distances = distances + (neighbor_features.detach() * 0).sum().to(distances)
+        sample_triplets, sample_valid = self._mine(embeddings, points, labels, neighbor_features)
         among_proxies = distances[batch_size:, proxy_batch].detach()
-        mined = self._proxy_miner.sample(among_proxies, random=self.training)
+        mined = self._miner_of_proxies().sample(among_proxies, random=self.training)
         proxy_triplets, proxy_valid = _drop_invalid(mined)
         triplets = torch.cat([sample_triplets, proxy_triplets + batch_size], 1)
         losses, drawn = functional.hierarchical_triplet_loss(
@@ -221,10 +265,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             triplets,
             margin=self.margin,
             temperature=self.temperature,
-            noise=self._noise(distances, triplets.shape[1]),
+            # Without noise, the most probable ancestor is taken.
+            noise=None if self.training else distances.new_zeros(()).expand(2, triplets.shape[1], len(ancestors)),
         )
-        valid = torch.cat([sample_valid, proxy_valid])
-        self._set_stats(embeddings, losses, drawn, valid)
+        self._set_stats(embeddings, losses, drawn, torch.cat([sample_valid, proxy_valid]))
         sample_losses, proxy_losses = losses.split([sample_triplets.shape[1], proxy_triplets.shape[1]])
         return {
             "sample_loss": {
@@ -239,10 +283,13 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             },
         }
 
-    def _noise(self, distances: Tensor, num_triplets: int) -> Tensor | None:
-        """Noise of the ancestors' choice; ``None`` for draws."""
-        # Nothing is drawn in eval mode. Without noise, the most probable ancestor wins.
-        return None if self.training else distances.new_zeros(()).expand(2, num_triplets, self.num_proxies)
+    def _points(self, embeddings: Tensor) -> Tensor:
+        """Embeddings on the ball."""
+        return poincare.project(self.distance.maybe_normalize(embeddings), self.distance.c)
+
+    def _distances(self, points: Tensor, ancestors: Tensor, like: Tensor) -> Tensor:
+        """Distances between points of the ball, in the dtype of ``like`` and at least float32."""
+        return poincare.pairwise_distance(points, ancestors, self.distance.c, dtype=poincare.result_dtype(like))
 
     def _proxy_batch(self) -> Tensor | slice:
         """The proxies among which triplets are drawn: all, or some of them, evenly spread in eval mode."""
@@ -253,18 +300,33 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             return torch.randperm(self.num_proxies, device=device)[:size]
         return torch.arange(size, device=device) * self.num_proxies // size
 
-    def _mine(self, embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Triplets among the embeddings, ``(3, T)``, and which of them are valid, ``(T,)``."""
-        embeddings = embeddings.detach()
-        if type(self.miner).mine is ReciprocalNeighborMiner.mine:
-            # Fixed shapes, unlike what a PML miner returns, so that the host need not wait for the device.
-            miner = self._proxy_miner
-            mined = miner.sample(miner.distances(embeddings), labels, random=self.training)
-            # A mean can leave invalid triplets out by itself; other reducers need the list without them.
+    def _miner_of_proxies(self) -> ReciprocalNeighborMiner:
+        """The miner whose settings hold for the triplets of proxies."""
+        for miner in (self.proxy_miner, self.miner):
+            if isinstance(miner, ReciprocalNeighborMiner):
+                return miner
+        return ReciprocalNeighborMiner(distance=self.distance)
+
+    @torch.no_grad()
+    def _mine(
+        self, embeddings: Tensor, points: Tensor, labels: Tensor | None, features: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Triplets of embeddings, ``(3, T)``, and which of them are valid, ``(T,)``."""
+        if isinstance(self.miner, ReciprocalNeighborMiner):
+            if features is not None:
+                near = _euclidean(features.to(embeddings.device))
+            elif isinstance(self.miner.distance, PoincareDistance):  # the same ball as the loss's
+                near = self._distances(points, points, embeddings)
+            else:
+                near = self.miner.distance(embeddings)
+            # Fixed shapes, unlike what a PML miner returns: the CPU never waits for the GPU. A mean can leave the
+            # invalid triplets out by itself; other reducers need the list without them.
+            mined = self.miner.sample(near, labels, random=self.training)
             return _drop_invalid(mined, wait=not self._sample_loss_is_averaged())
         if labels is None:
             raise ValueError(f"labels are None, but the miner {type(self.miner).__name__} needs them")
-        triplets = torch.stack(lmu.convert_to_triplets(self.miner(embeddings, labels), labels))
+        mined = self.miner(embeddings.detach() if features is None else features.to(embeddings.device), labels)
+        triplets = torch.stack(lmu.convert_to_triplets(mined, labels))
         if triplets.shape[1] == 0:
             return triplets.new_zeros(3, 1), triplets.new_zeros(1, dtype=torch.bool)
         return triplets, torch.ones_like(triplets[0], dtype=torch.bool)
@@ -285,72 +347,175 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 if self.distance.normalize_embeddings and radius is not None:
                     self.fraction_clipped = float((embeddings.norm(dim=1) >= radius).float().mean())
 
-    # --- hierarchy ------------------------------------------------------------------------------------------
+    # --- neighbours among other features --------------------------------------------------------------------
 
-    @torch.no_grad()
-    def init_proxies(self, embeddings: Tensor, generator: torch.Generator | None = None) -> None:
-        """Start the proxies again from data: embeddings, pulled towards the origin by random factors.
+    @contextmanager
+    def neighbors_from(self, features: Tensor) -> Iterator[None]:
+        """Let this loss find neighbours among other features than the embeddings, within a ``with`` block.
 
-        Every region of the data then has proxies above it, specific ones near it and general ones near the
-        origin, where the paper's start has random directions; docs/hierarchy.md shows what that changes. Call
-        it once, after the first epoch, when embeddings mean something; an optimizer that has the proxies keeps
-        them.
+        Features of a frozen backbone, for instance, do not move while the embeddings are trained. Neighbours are
+        then found by the Euclidean distances of the features; the labels count as before. The block holds for
+        calls of this loss in this thread, directly or within `MultipleLosses`. Blocks can be nested; the inner one
+        holds.
 
         Args:
-            embeddings: shape ``(N, D)``, as they go into the loss, of some thousand training samples.
-            generator: source of the random numbers; ``None`` is torch's default.
+            features: shape ``(N, F)``, a row for each embedding of the batch, in the same order. No gradient
+                flows to them.
 
         Raises:
-            TypeError, ValueError: embeddings of another width than the proxies, or not finite.
+            TypeError, ValueError: the features are not a floating point matrix; or, by the loss, they do not have
+                one row for each embedding.
 
         Example:
-            >>> loss_func = HIERLoss(num_proxies=64)
-            >>> loss_func.init_proxies(torch.randn(1000, 16))
-            >>> loss_func.proxies.shape
-            torch.Size([64, 16])
+            >>> from pytorch_metric_learning import losses
+            >>> backbone, head, labels = torch.randn(32, 40), torch.nn.Linear(40, 16), torch.arange(32) % 8
+            >>> hier = HIERLoss(num_proxies=64)
+            >>> loss_func = losses.MultipleLosses([losses.SupConLoss(), hier])
+            >>> with hier.neighbors_from(backbone):
+            ...     loss = loss_func(head(backbone), labels)
         """
-        check_embeddings("embeddings", embeddings, self.embedding_size)
-        proxies = initial_proxies(embeddings, self.num_proxies, self.distance, generator)
-        if self._is_lazy:
-            self._create_proxies(embeddings.shape[1], embeddings)
-        self.proxies.copy_(proxies)
+        check_embeddings("features", features)
+        token = _neighbor_features.set({**_neighbor_features.get(), self: features})
+        try:
+            yield
+        finally:
+            _neighbor_features.reset(token)
 
+    # --- the gradient at the embeddings ---------------------------------------------------------------------
+
+    def _hold_gradient_ratio(self, embeddings: Tensor) -> Tensor:
+        """The embeddings, at least float32, whose gradient has the ratio that was asked for, or is measured."""
+        if self.gradient_ratio is None and not self.collect_stats:
+            return embeddings.to(poincare.result_dtype(embeddings))
+        return hold_gradient_ratio(
+            embeddings,
+            self.gradient_ratio,
+            on_ratio=self._record_ratio if self.collect_stats else None,
+            on_alone=None if self.gradient_ratio is None else self._report_alone,
+        )
+
+    def _record_ratio(self, ratio: Tensor) -> None:
+        self.unscaled_gradient_ratio = float(ratio)
+        large = self.gradient_ratio is None and self.unscaled_gradient_ratio > 1
+        self._backwards_with_large_ratio = self._backwards_with_large_ratio + 1 if large else 0
+        if self._backwards_with_large_ratio == _LARGE_RATIO_AFTER and not self._reported_large_ratio:
+            self._reported_large_ratio = True
+            warnings.warn(
+                "the gradient of HIERLoss at the embeddings was larger than that of all other losses in "
+                f"{_LARGE_RATIO_AFTER} backward passes in a row ({self.unscaled_gradient_ratio:.2g} times, in the "
+                "last one), which can stop the base loss from learning; use HIERLoss(gradient_ratio=0.3), or a "
+                "smaller weight",
+                stacklevel=6,  # the line that calls backward()
+            )
+
+    def _report_alone(self) -> None:
+        if not self._reported_alone:
+            self._reported_alone = True
+            warnings.warn(
+                f"gradient_ratio={self.gradient_ratio} had no effect: no other gradient reached the tensor of "
+                "embeddings that HIERLoss was called with. Give the same tensor to all losses, and call "
+                "backward() once for their sum: losses.MultipleLosses([base, hier])(embeddings, labels).backward(). "
+                "Make copies such as embeddings.float() once, before both losses; DistributedLossWrapper makes a "
+                "copy for each loss. If HIERLoss is your only loss, pass gradient_ratio=None",
+                stacklevel=6,  # the line that calls backward()
+            )
+
+    # --- distances from proxies, and the hierarchy ----------------------------------------------------------
+
+    def proxy_distances(self, embeddings: Tensor) -> Tensor:
+        r"""Distances of embeddings from the proxies, :math:`d(x_i, \rho_p)`.
+
+        Args:
+            embeddings: shape ``(N, D)``, as they go into the loss.
+
+        Returns:
+            Distances of shape ``(N, P)``, at least float32.
+
+        Raises:
+            RuntimeError: the loss has seen no batch, so that it has no proxies yet.
+            TypeError, ValueError: embeddings of another width than the proxies.
+
+        Example:
+            >>> hier = HIERLoss(num_proxies=64, embedding_size=16)
+            >>> nearest_proxy = hier.proxy_distances(torch.randn(200, 16)).argmin(1)
+        """
+        if self._is_lazy:
+            raise RuntimeError(
+                "HIERLoss has no proxies before its first batch; train it, load a state_dict, or give "
+                "embedding_size"
+            )
+        check_embeddings("embeddings", embeddings, self.embedding_size)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            ancestors = self.distance.normalize(self.proxies)
+            rows = embeddings.split(_CHUNK_ROWS)
+            return torch.cat([self._distances(self._points(chunk), ancestors, chunk) for chunk in rows])
+
+    @torch.no_grad()
     def hierarchy(self, embeddings: Tensor, labels: Tensor | None = None, *, per_class: bool = False) -> Hierarchy:
         """The tree over embeddings whose inner nodes are the proxies of this loss.
 
         Args:
-            embeddings: shape ``(N, D)``, as they go into the loss; those of a test set make as good a tree.
+            embeddings: shape ``(N, D)``, as they go into the loss; also of samples not trained on.
             labels: shape ``(N,)``; kept with the leaves.
             per_class: one leaf for each class instead of each embedding; needs labels.
 
         Returns:
-            A `Hierarchy`, see `Hierarchy.from_embeddings`.
+            A `Hierarchy`, see `Hierarchy.from_distances`.
 
         Raises:
             RuntimeError: the loss has seen no batch, so that it has no proxies yet.
             TypeError, ValueError: embeddings or labels that do not fit, or too many leaves.
 
         Example:
-            >>> loss_func = HIERLoss(num_proxies=64, embedding_size=16)
-            >>> tree = loss_func.hierarchy(torch.randn(200, 16), torch.arange(200) // 20, per_class=True)
+            >>> hier = HIERLoss(num_proxies=64, embedding_size=16)
+            >>> tree = hier.hierarchy(torch.randn(200, 16), torch.arange(200) // 20, per_class=True)
             >>> tree.num_leaves
             10
         """
-        if self.embedding_size is None:
-            raise RuntimeError(
-                "HIERLoss has no proxies before its first batch; train it, or load a state_dict, and then ask "
-                "for the hierarchy"
-            )
-        check_embeddings("embeddings", embeddings, self.embedding_size)
-        return Hierarchy.from_embeddings(embeddings, self.proxies, self.distance, labels, per_class=per_class)
+        return Hierarchy.from_distances(self.proxy_distances(embeddings), labels, per_class=per_class)
 
     # --- proxies --------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def init_proxies(self, embeddings: Tensor) -> None:
+        r"""Initialize the proxies from data: embeddings, pulled towards the origin by random factors.
+
+        .. math:: \rho_p = u_p \cdot \mathrm{clip}_r(v_{i(p)}), \qquad u_p \sim U(0, 1)
+
+        with ``i(p)`` drawn without replacement as long as there are enough embeddings. Every region of the data
+        then has proxies above it, specific ones near it and general ones near the origin; the random directions of
+        the default initialization are almost orthogonal to the data. docs/hierarchy.md shows the difference. Call
+        it once, after the first epoch. An optimizer that has the proxies keeps them.
+
+        Args:
+            embeddings: shape ``(N, D)``, as they go into the loss, of some thousand training samples.
+
+        Raises:
+            TypeError, ValueError: embeddings of another width than the proxies, or not finite.
+
+        Example:
+            >>> hier = HIERLoss(num_proxies=64)
+            >>> hier.init_proxies(torch.randn(1000, 16))
+            >>> hier.proxies.shape
+            torch.Size([64, 16])
+        """
+        check_embeddings("embeddings", embeddings, self.embedding_size)
+        if not bool(torch.isfinite(embeddings).all()):
+            raise ValueError("embeddings must be finite, got NaN or infinity")
+        v = embeddings if self.distance.normalize_embeddings else poincare.log_map0(embeddings, self.distance.c)
+        rounds = -(-self.num_proxies // len(v))
+        chosen = torch.cat([torch.randperm(len(v), device=v.device) for _ in range(rounds)])[: self.num_proxies]
+        factors = torch.rand(self.num_proxies, 1, device=v.device)
+        if self._is_lazy:
+            self._create_proxies(embeddings.shape[1], embeddings)
+        self.proxies.copy_(poincare.clip_norm(v[chosen], self.distance.clip_radius) * factors)
+        self._watch_from_here()
+
     def _create_proxies(self, embedding_size: int, like: Tensor | None = None) -> None:
-        """Size the proxies, on the device of ``like``, and start them at random."""
+        """Size the proxies, on the device of ``like``, and initialize them at random."""
         radius = self.distance.clip_radius
         if radius is None:
-            radius = as_number(self.distance.c) ** -0.5  # where the exponential map begins to saturate
+            radius = poincare.as_number(self.distance.c) ** -0.5  # where the exponential map begins to saturate
         device = self.proxies.data.device if like is None else like.device
         self._set_proxies(
             torch.randn(self.num_proxies, embedding_size, device=device)
@@ -376,7 +541,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         saved = state_dict.get(prefix + "proxies")
-        if isinstance(saved, Tensor):  # what else can be there, or not, torch reports
+        if isinstance(saved, Tensor):  # torch reports what else can be there, or is missing
             shape, own = tuple(saved.shape), self.embedding_size
             if len(shape) != 2 or shape[0] != self.num_proxies or (own and shape[1] not in (0, own)):
                 lists[-1].append(
@@ -391,24 +556,35 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 dtype = torch.float64 if saved.dtype == torch.float64 else self.proxies.data.dtype
                 self._set_proxies(saved.to(self.proxies.data.device), dtype)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-        self._steps_without_update = 0
+        self._watch_from_here()
+
+    def _watch_from_here(self) -> None:
+        """Begin to count updates of the model without one of the proxies."""
+        self._updates_without_proxies: int | None = 0
+        self._versions: tuple[int, int | None] | None = None
 
     def _watch_optimizer(self, embeddings: Tensor) -> None:
-        """Warn once if proxies are used in training and no optimizer ever moves them."""
-        if self._steps_without_update is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        """Warn once if an optimizer updates the model and none ever updates the proxies."""
+        if self._updates_without_proxies is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        if not self.training or not (embeddings.requires_grad or self.proxies.grad is not None):
+        if not (self.training and self.proxies.requires_grad):
             return
-        if self._steps_without_update == 0:
-            self._start = self.proxies._version, self.proxies.detach().sum()
-        if self.proxies._version != self._start[0] or not self.proxies.requires_grad:
-            self._steps_without_update = None
+        model = _first_version(embeddings)
+        if model is None and self.proxies.grad is None:
             return
-        self._steps_without_update += 1
-        if self._steps_without_update == _FORGOTTEN_AFTER:
-            self._steps_without_update = None
+        # An update in place raises the version of a parameter, which costs nothing to read.
+        if self._versions is None:
+            self._start = self.proxies.detach().sum()
+        elif self._versions[0] != self.proxies._version:
+            self._updates_without_proxies = None
+            return
+        elif model is None or self._versions[1] != model:  # without a model, each step counts
+            self._updates_without_proxies += 1
+        self._versions = self.proxies._version, model
+        if self._updates_without_proxies == _FORGOTTEN_AFTER:
+            self._updates_without_proxies = None
             # Some optimizers write to .data, which leaves the version as it was.
-            if torch.equal(self.proxies.detach().sum(), self._start[1]):
+            if torch.equal(self.proxies.detach().sum(), self._start):
                 warnings.warn(
                     f"the proxies of HIERLoss did not change in {_FORGOTTEN_AFTER} training steps: no optimizer "
                     "has them. Build it with the parameters of both, "
@@ -420,12 +596,12 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     def extra_repr(self) -> str:
         return (
             f"num_proxies={self.num_proxies}, embedding_size={self.embedding_size}, margin={self.margin:g}, "
-            f"temperature={self.temperature:g}"
+            f"temperature={self.temperature:g}, gradient_ratio={self.gradient_ratio}"
         )
 
 
 def _check_miner(miner: Any, distance: PoincareDistance) -> None:
-    """Raise unless the miner is one of PML's, and sees the same ball as the loss."""
+    """Raise unless the miner is one of PML's, and uses the same ball as the loss."""
     if not isinstance(miner, BaseMiner):
         raise TypeError(f"miner must be a miner of pytorch_metric_learning, got {type(miner).__name__}")
     own = miner.distance
@@ -439,13 +615,20 @@ def _check_miner(miner: Any, distance: PoincareDistance) -> None:
             )
 
 
+def _euclidean(features: Tensor) -> Tensor:
+    """Distances of all pairs of features, by matrix products: centred and in float64, they rank all but copies."""
+    features = poincare.working(features.detach())
+    features = features - features.mean(0)
+    return torch.cdist(features, features, compute_mode="use_mm_for_euclid_dist")
+
+
 def _drop_invalid(mined: tuple[Tensor, Tensor, Tensor, Tensor], wait: bool = False) -> tuple[Tensor, Tensor]:
     """Triplets ``(3, T)`` and whether they are valid, ``(T,)``.
 
-    Without the invalid ones where asking for them is free, or worth waiting for the device; unless all are.
+    The invalid ones are left out on a CPU, or if the result is worth a synchronization; unless all are invalid.
     """
     triplets, valid = torch.stack(mined[:3]), mined[3]
-    if (wait or functional.asking_is_free(valid)) and valid.any():
+    if (wait or functional.shapes_may_depend_on_values(valid)) and valid.any():
         return triplets[:, valid], valid[valid]
     return triplets, valid
 
@@ -453,3 +636,11 @@ def _drop_invalid(mined: tuple[Tensor, Tensor, Tensor, Tensor], wait: bool = Fal
 def _mean_is_over_valid(losses: Tensor, valid: Tensor) -> Tensor:
     """Scale the losses so that their mean is the mean over the valid ones, 0 if there is none."""
     return losses * (valid * (len(valid) / valid.sum().clamp_min(1)))
+
+
+def _first_version(embeddings: Tensor) -> int | None:
+    """The version of a parameter that the embeddings depend on, ``None`` if there is none."""
+    node = embeddings.grad_fn
+    while node is not None and not hasattr(node, "variable"):  # a node that accumulates has its variable
+        node = next((above for above, _ in node.next_functions if above is not None), None)
+    return None if node is None else node.variable._version

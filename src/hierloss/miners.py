@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from pytorch_metric_learning.miners import BaseMiner
 from torch import Tensor
 
@@ -25,18 +24,10 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
     Called as any PML miner, ``miner(embeddings, labels)``, it returns ``(anchors, positives, negatives)``.
     Random numbers come from torch's default generator.
 
-    The miner of a `HIERLoss` can find neighbours among other features than the embeddings that are trained: those
-    of a frozen backbone, or the inputs themselves. Set ``features`` before the loss is called; it holds for one
-    batch. docs/results.md has what it changes, measured.
-
     Args:
         num_neighbors: size of a neighbourhood, the point itself included.
         triplets_per_anchor: triplets drawn for every anchor.
         **kwargs: PML's options: ``distance`` (default `PoincareDistance`), ``collect_stats``.
-
-    Attributes:
-        features: ``None``, or features of the next batch of `HIERLoss`, of shape ``(N, F)``, whose Euclidean
-            distances say who is near whom.
 
     Raises:
         TypeError, ValueError: a count is not a whole number, or too small; the distance is inverted.
@@ -60,7 +51,6 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
             )
         self.num_neighbors = check_count("num_neighbors", num_neighbors, minimum=2)
         self.triplets_per_anchor = check_count("triplets_per_anchor", triplets_per_anchor)
-        self.features: Tensor | None = None
         self.add_to_recordable_attributes(list_of_names=["num_neighbors", "triplets_per_anchor"], is_stat=False)
 
     def get_default_distance(self) -> PoincareDistance:
@@ -77,34 +67,13 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
         anchors, positives, negatives, valid = self.sample(self.distance(embeddings), labels)
         return anchors[valid], positives[valid], negatives[valid]
 
-    def distances(self, embeddings: Tensor) -> Tensor:
-        """Distances by which `HIERLoss` finds neighbours: of ``features`` if they were set, which uses them up.
-
-        Args:
-            embeddings: shape ``(N, D)``.
-
-        Returns:
-            Distances of all pairs, shape ``(N, N)``.
-
-        Raises:
-            ValueError: ``features`` do not have one row for each embedding.
-        """
-        features, self.features = self.features, None
-        if features is None:
-            distances: Tensor = self.distance(embeddings)
-            return distances
-        if features.ndim != 2 or len(features) != len(embeddings):
-            raise ValueError(
-                f"features must have shape ({len(embeddings)}, F), a row for each embedding of the batch, got "
-                f"shape {tuple(features.shape)}"
-            )
-        features = features.detach().to(torch.promote_types(features.dtype, torch.float32))
-        return torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
-
     def sample(
         self, distances: Tensor, labels: Tensor | None = None, random: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draw triplets from distances with this miner's settings; see `functional.reciprocal_triplets`."""
+        """Draw triplets from distances with this miner's settings; see `functional.reciprocal_triplets`.
+
+        `HIERLoss` calls this method, with distances that it has: a subclass that mines otherwise overrides it.
+        """
         return functional.reciprocal_triplets(
             distances,
             labels,

@@ -54,15 +54,15 @@ class ToPoincare(torch.nn.Module):
     @property
     def c(self) -> float | Tensor:
         """Minus the curvature: a number, or the ball's tensor."""
-        return current_c(self.curvature)
+        return poincare.current_c(self.curvature)
 
     def forward(self, v: Tensor) -> Tensor:
-        x = poincare.exp_map0(poincare.clip_norm(v, self.clip_radius), self.c)
+        x = poincare.exp_map0(v, self.c, self.clip_radius)
         return poincare.riemannian_gradient(x, self.c) if self.riemannian_gradient else x
 
     def extra_repr(self) -> str:
         riemannian = ", riemannian_gradient=True" if self.riemannian_gradient else ""
-        return f"c={as_number(self.c):g}, clip_radius={self.clip_radius}{riemannian}"
+        return f"c={poincare.as_number(self.c):g}, clip_radius={self.clip_radius}{riemannian}"
 
 
 class FromPoincare(torch.nn.Module):
@@ -93,20 +93,10 @@ class FromPoincare(torch.nn.Module):
     @property
     def c(self) -> float | Tensor:
         """Minus the curvature: a number, or the ball's tensor."""
-        return current_c(self.curvature)
+        return poincare.current_c(self.curvature)
 
     def forward(self, x: Tensor) -> Tensor:
         return poincare.log_map0(x, self.c)
 
     def extra_repr(self) -> str:
-        return f"c={as_number(self.c):g}"
-
-
-def as_number(c: float | Tensor) -> float:
-    """``c`` as a number, also where it is learned; float() of such a tensor warns."""
-    return float(c.item() if isinstance(c, Tensor) else c)
-
-
-def current_c(curvature: float | geoopt.PoincareBall) -> float | Tensor:
-    """The number, or the present value of the ball's tensor."""
-    return curvature.c if isinstance(curvature, geoopt.PoincareBall) else curvature
+        return f"c={poincare.as_number(self.c):g}"

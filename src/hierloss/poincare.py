@@ -1,7 +1,7 @@
 r"""The Poincaré ball: maps, distances, and the lift to the hyperboloid. Pure functions of tensors.
 
 Conventions of this file
-    - ``c > 0`` is a number or a 0-dim tensor; the curvature is ``-c``, the ball has radius ``1 / sqrt(c)``.
+    - ``c > 0`` is a number or a tensor of one element; the curvature is ``-c``, the radius ``1 / sqrt(c)``.
     - ``x, y`` are points on the ball, ``u, v`` tangent vectors at the origin, of shape ``(..., D)``;
       pairwise functions take ``(..., N, D)`` and ``(..., M, D)`` and return ``(..., N, M)``.
     - Coordinates are worked on in float64, because the boundary is where float32 runs out of digits: a row
@@ -15,6 +15,7 @@ of Hyperbolic Manifolds", chapter 4, for distance and hyperboloid.
 
 import math
 
+import geoopt
 import torch
 from torch import Tensor
 
@@ -94,15 +95,27 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def _working(x: Tensor) -> Tensor:
+def working(x: Tensor) -> Tensor:
     """``x`` in the dtype that coordinates are worked on in."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def current_c(curvature: float | geoopt.PoincareBall) -> float | Tensor:
+    """The number, or the present value of the ball's tensor."""
+    return curvature.c if isinstance(curvature, geoopt.PoincareBall) else curvature
+
+
+def as_number(c: float | Tensor) -> float:
+    """``c`` as a number, also where it is learned; float() of such a tensor warns."""
+    return float(c.item() if isinstance(c, Tensor) else c)
 
 
 def _sqrt(c: float | Tensor, like: Tensor) -> Tensor:
     """``sqrt(c)`` as a 0-dim tensor of the dtype of ``like``."""
     if isinstance(c, Tensor):
-        root: Tensor = c.to(like.dtype).sqrt()
+        if c.numel() != 1:
+            raise ValueError(f"c must have one element, one curvature for all points, got shape {tuple(c.shape)}")
+        root: Tensor = c.to(like.dtype).reshape(()).sqrt()
         return root + 0 * root  # NaN if infinite: a ball without inside must not pass for one point
     return torch.full((), math.sqrt(check_number("c", c)), dtype=like.dtype, device=like.device)
 
@@ -141,7 +154,7 @@ def clip_norm(v: Tensor, radius: float | None) -> Tensor:
     if radius is None:
         return v.to(result_dtype(v))
     check_number("radius", radius, positive=False)
-    w = _working(v)
+    w = working(v)
     return (w * (radius / _norm(w).clamp_min(radius))).to(result_dtype(v))
 
 
@@ -161,7 +174,7 @@ def project(x: Tensor, c: float | Tensor) -> Tensor:
                 [0.5000, 0.0000]])
     """
     dtype = result_dtype(x)
-    w = _working(x)
+    w = working(x)
     return (w * _inside(_sqrt(c, w) * _norm(w), dtype)).to(dtype)
 
 
@@ -171,7 +184,7 @@ def _inside(norm: Tensor, dtype: torch.dtype) -> Tensor:
     return largest / norm.clamp_min(largest)
 
 
-def exp_map0(v: Tensor, c: float | Tensor) -> Tensor:
+def exp_map0(v: Tensor, c: float | Tensor, clip_radius: float | None = None) -> Tensor:
     r"""Exponential map at the origin: a Euclidean vector becomes a point of the ball.
 
     .. math:: \exp_0(v) = \tanh(\sqrt c\,|v|) \frac{v}{\sqrt c\,|v|}
@@ -181,6 +194,7 @@ def exp_map0(v: Tensor, c: float | Tensor) -> Tensor:
     Args:
         v: tangent vectors of shape ``(..., D)``.
         c: minus the curvature, positive.
+        clip_radius: clip the norms of ``v`` to it first, see `clip_norm`.
 
     Returns:
         Points of shape ``(..., D)``, strictly inside the ball in their own dtype (at least float32).
@@ -192,7 +206,7 @@ def exp_map0(v: Tensor, c: float | Tensor) -> Tensor:
     Source: Ganea et al. (2018), lemma 2.
     """
     dtype = result_dtype(v)
-    w = _working(v)
+    w = working(v if clip_radius is None else clip_norm(working(v), clip_radius))
     norm = _norm(_sqrt(c, w) * w).clamp_min(linear_norm(w.dtype))
     tanh = norm.tanh()
     return (w * (tanh / norm) * _inside(tanh, dtype)).to(dtype)
@@ -216,7 +230,7 @@ def log_map0(x: Tensor, c: float | Tensor) -> Tensor:
 
     Source: Ganea et al. (2018), lemma 2.
     """
-    w = _working(project(x, c))
+    w = working(project(x, c))
     norm = _norm(_sqrt(c, w) * w).clamp_min(linear_norm(w.dtype))
     return (w * (norm.atanh() / norm)).to(result_dtype(x))
 
@@ -226,7 +240,7 @@ def log_map0(x: Tensor, c: float | Tensor) -> Tensor:
 
 def _unit_ball(x: Tensor, c: float | Tensor) -> Tensor:
     """The points in working precision, scaled to the unit ball and kept inside it."""
-    w = _working(x)
+    w = working(x)
     w = w * _sqrt(c, w)
     return w * _inside(_norm(w), result_dtype(x))
 
@@ -387,7 +401,7 @@ def to_hyperboloid(x: Tensor, c: float | Tensor) -> Tensor:
 
     Source: Ratcliffe, section 4.5 (stereographic projection).
     """
-    root = _sqrt(c, _working(x))
+    root = _sqrt(c, working(x))
     p = _unit_ball(x, c)
     factor = _conformal(p).square()
     time = 2 * factor - 1
@@ -412,7 +426,7 @@ def from_hyperboloid(points: Tensor, c: float | Tensor) -> Tensor:
 
     Source: Ratcliffe, section 4.5.
     """
-    w = _working(points)
+    w = working(points)
     space, time = w[..., :-1], w[..., -1:]
     # The zero is NaN for an infinite time, which must not pass for the origin.
     return project((space / (1 + _sqrt(c, w) * time + 0 * time)).to(result_dtype(points)), c)
@@ -510,7 +524,7 @@ class _RiemannianGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, root = ctx.saved_tensors
-        w = _working(x)
+        w = working(x)
         scale = (1 - (root * w).square().sum(-1, keepdim=True)).clamp_min(0).square() / 4
         return (grad * scale).to(grad.dtype), None
 
@@ -538,5 +552,5 @@ def riemannian_gradient(x: Tensor, c: float | Tensor) -> Tensor:
 
     Source: Nickel, Kiela, "Poincaré Embeddings for Learning Hierarchical Representations" (2017), equation 3.
     """
-    result: Tensor = _RiemannianGradient.apply(x, _sqrt(c, _working(x)).detach())
+    result: Tensor = _RiemannianGradient.apply(x, _sqrt(c, working(x)).detach())
     return result

@@ -1,0 +1,114 @@
+"""The gradient of one loss at a fixed ratio to the gradients of all others, by a hook on the embeddings.
+
+The loss reads the embeddings through an identity. In the backward pass the identity puts the gradient of the loss
+aside and passes zeros on. A hook on the embeddings runs when the gradients of all losses have been added up: it
+sees the sum of the others, scales what was put aside, and adds it. This needs no second backward pass, no wrapper
+around the losses, and no synchronization of the CPU with the GPU.
+"""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import poincare
+
+__all__ = ["hold_gradient_ratio"]
+
+
+def hold_gradient_ratio(
+    embeddings: Tensor,
+    ratio: float | None,
+    *,
+    on_ratio: Callable[[Tensor], None] | None = None,
+    on_alone: Callable[[], None] | None = None,
+) -> Tensor:
+    r"""Return the embeddings for one loss, whose gradient ``g`` reaches them scaled relative to all others'.
+
+    .. math:: \nabla = h + \rho \frac{\|h\|}{\|g\|} g
+
+    with ``h`` the sum of all other gradients at the same tensor in the same backward pass, ``rho`` the ratio, and
+    Frobenius norms over the batch. A factor on all losses, of a gradient scaler for instance, changes nothing.
+    Values that are not finite stay so. If ``h`` or ``g`` is zero, ``h`` is returned. If no other loss uses the
+    tensor in a backward pass, ``g`` is passed on as it is.
+
+    Args:
+        embeddings: shape ``(N, D)``, the very tensor that the other losses use.
+        ratio: ``rho``; ``None`` leaves ``g`` as it is, and only reports.
+        on_ratio: is called in each backward pass with ``|g| / |h|`` before scaling, a 0-dim tensor.
+        on_alone: is called in each backward pass in which no other loss uses the tensor.
+
+    Returns:
+        The same values, at least float32; the embeddings themselves if they need no gradient.
+
+    Example:
+        >>> embeddings = torch.tensor([[3.0, 4.0]], requires_grad=True)
+        >>> held = hold_gradient_ratio(embeddings, ratio=0.5)
+        >>> (embeddings.sum() + 100 * held[0, 0]).backward()
+        >>> embeddings.grad  # (1, 1) and 0.5 * sqrt(2) in the direction of (100, 0)
+        tensor([[1.7071, 1.0000]])
+
+    Source: Défossez et al., "High Fidelity Neural Audio Compression" (2022), section 3.4, which balances the
+    gradients of all losses at the output of a model; here the other losses keep their gradients.
+    """
+    dtype = poincare.result_dtype(embeddings)
+    if not (embeddings.requires_grad and torch.is_grad_enabled()):
+        return embeddings.to(dtype)
+    aside = _PutAside()
+    # The hook must not keep the graph alive, nor stay on a leaf that is used in every step.
+    reference = weakref.ref(aside)
+
+    def add_back(others: Tensor) -> Tensor | None:
+        aside = reference()
+        if aside is None or aside.gradient is None:
+            return None  # a backward pass of other losses alone
+        own, zeros = aside.gradient, aside.zeros
+        aside.gradient = aside.zeros = None
+        if others is zeros:
+            if on_alone is not None:
+                on_alone()
+            return own.to(others.dtype)
+        size, own_size = _norm(others), _norm(own)
+        if on_ratio is not None:
+            on_ratio((own_size / size).detach())
+        if ratio is not None:
+            own = own * (ratio * size / own_size.masked_fill(own_size == 0, torch.inf)).to(own.dtype)
+        return others + own.to(others.dtype)
+
+    handle = embeddings.register_hook(add_back)
+    weakref.finalize(aside, handle.remove).atexit = False
+    result: Tensor = _Identity.apply(embeddings, aside, dtype)
+    return result
+
+
+class _PutAside:
+    """The gradient of the loss between its own backward pass and the hook, and the zeros passed on for it."""
+
+    gradient: Tensor | None = None
+    zeros: Tensor | None = None
+
+
+class _Identity(torch.autograd.Function):
+    """The identity, whose backward passes zeros on and puts the gradient aside."""
+
+    @staticmethod
+    def forward(embeddings, aside, dtype):  # type: ignore[no-untyped-def]
+        return embeddings.to(dtype, copy=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        embeddings, ctx.aside, _ = inputs
+        ctx.dtype = embeddings.dtype
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        ctx.aside.gradient = gradient
+        ctx.aside.zeros = torch.zeros_like(gradient, dtype=ctx.dtype)
+        return ctx.aside.zeros, None, None
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """Frobenius norm in float64, whose squares do not overflow when a gradient scaler is used."""
+    norm: Tensor = torch.linalg.vector_norm(poincare.working(gradient))
+    return norm
