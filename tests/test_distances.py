@@ -116,6 +116,27 @@ def test_weights_are_not_mapped_to_the_ball_twice(batch):
         loss_func(*batch)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_curvature_of_one_element_of_any_shape(shape):
+    """Its gradient has that shape; more than one curvature is refused."""
+    ball = geoopt.PoincareBall(c=torch.full(shape, 0.3), learnable=True)
+    embeddings = torch.randn(6, 4)
+    distances = PoincareDistance(ball)(embeddings)
+    torch.testing.assert_close(distances, PoincareDistance(0.3)(embeddings))
+    distances.sum().backward()
+    assert ball.isp_c.grad.shape == shape
+    assert ball.isp_c.grad.abs().sum() > 0
+
+
+def test_several_curvatures_are_refused():
+    with pytest.raises(ValueError, match=r"c of the geoopt.PoincareBall must have one element, got shape \(2,\)"):
+        PoincareDistance(geoopt.PoincareBall(c=torch.tensor([0.1, 0.2])))
+    x = torch.zeros(2, 4)
+    for function in (poincare.exp_map0, poincare.project, poincare.log_map0):
+        with pytest.raises(ValueError, match=r"c must have one element, .* got shape \(2, 1\)"):
+            function(x, torch.tensor([[0.1], [0.2]]))
+
+
 def test_other_norms_are_refused():
     with pytest.raises(ValueError, match=r"p must be 2: .* got 1"):
         PoincareDistance(p=1)

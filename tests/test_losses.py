@@ -12,6 +12,7 @@ import torch
 from pytorch_metric_learning import losses, miners, reducers
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 
+import hierloss
 from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner, ToPoincare, functional, poincare
 
 P, D, B = 24, 8, 32
@@ -41,6 +42,25 @@ def assert_trains(loss_func, loss, embeddings):
 
 
 # --- the loss itself ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize_embeddings", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_proxy_distances(dtype, normalize_embeddings, monkeypatch):
+    """Proxies are tangent vectors whatever the embeddings are, and chunks make no difference."""
+    loss_func = small(distance=PoincareDistance(c=0.3, normalize_embeddings=normalize_embeddings))
+    embeddings = batch()[0].detach().to(dtype) / 4
+    x = embeddings.double()
+    x = poincare.exp_map0(x, 0.3, 2.3) if normalize_embeddings else x
+    rho = poincare.exp_map0(loss_func.proxies.double(), 0.3, 2.3)
+    expected = poincare.distance(x[:, None], rho, 0.3).to(torch.promote_types(dtype, torch.float32))
+    torch.testing.assert_close(loss_func.proxy_distances(embeddings), expected)
+    monkeypatch.setattr(hierloss.losses, "_CHUNK_ROWS", 5)
+    torch.testing.assert_close(loss_func.proxy_distances(embeddings), expected)
+    with pytest.raises(RuntimeError, match="HIERLoss has no proxies before its first batch"):
+        HIERLoss(num_proxies=P).proxy_distances(embeddings)
+    with pytest.raises(ValueError, match="embeddings must have 8 columns"):
+        loss_func.proxy_distances(embeddings[:, :5])
 
 
 @pytest.mark.parametrize("with_labels", [True, False])
@@ -410,6 +430,23 @@ def test_numbers_of_numpy_are_numbers():
     assert loss_func(batch()[0]).isfinite()
 
 
+def test_a_miner_of_the_proxies():
+    """Beside any miner of the embeddings, their triplets have settings of their own."""
+    embeddings, labels = batch()
+    for miner in (ReciprocalNeighborMiner(num_neighbors=6), miners.BatchHardMiner()):
+        counts = {}
+        for triplets_per_anchor in (3, 30):
+            proxy_miner = ReciprocalNeighborMiner(num_neighbors=6, triplets_per_anchor=triplets_per_anchor)
+            loss_func = small(miner=miner, proxy_miner=proxy_miner, collect_stats=True)
+            value(loss_func, embeddings, labels)
+            samples = small(miner=miner, reducer=reducers.DoNothingReducer())
+            own = len(value(samples, embeddings, labels)["sample_loss"]["losses"])
+            counts[triplets_per_anchor] = loss_func.num_triplets - own
+        assert counts[30] == 10 * counts[3] > 0
+    with pytest.raises(TypeError, match=r"proxy_miner must be a hierloss.ReciprocalNeighborMiner, got BatchHardM"):
+        small(proxy_miner=miners.BatchHardMiner())
+
+
 def test_miner_settings_hold_for_the_proxies():
     embeddings, labels = batch()
     counts = {}
@@ -702,6 +739,30 @@ def test_to_device():
         meta(*batch())
 
 
+def test_the_meta_device_needs_a_size():
+    with torch.device("meta"):
+        made_there = HIERLoss(num_proxies=P)
+    for loss_func, device in ((HIERLoss(P), "meta"), (HIERLoss(P).to("meta"), "cpu"), (made_there, "cpu")):
+        with pytest.raises(RuntimeError, match="embedding_size must be given to a HIERLoss on the meta device"):
+            loss_func(batch()[0].to(device))
+    assert small().to("meta").embedding_size == D
+
+
+def test_frozen_before_the_first_batch():
+    model = torch.nn.ModuleDict({"loss": HIERLoss(num_proxies=P)}).requires_grad_(False)
+    embeddings, labels = batch()
+    model["loss"](embeddings, labels).backward()
+    assert not model["loss"].proxies.requires_grad
+    assert embeddings.grad.abs().sum() > 0
+    assert model.requires_grad_(True)["loss"].proxies.requires_grad
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch can tell since 2.7")
+def test_export_is_refused():
+    with pytest.raises(RuntimeError, match="HIERLoss cannot be exported"):
+        torch.export.export(small(), (batch()[0].detach(),), strict=False)
+
+
 @pytest.mark.parametrize("proxy_batch_size", [None, 10])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("sized", [False, True])
@@ -959,6 +1020,7 @@ def test_bad_input(call, message):
         ({"num_proxies": 2.5}, "num_proxies must be a whole number, got 2.5 of type float"),
         ({"embedding_size": -1}, "embedding_size must be at least 1, got -1"),
         ({"margin": -0.1}, "margin must be a finite non-negative number, got -0.1"),
+        ({"temperature": 1e-38}, "temperature must be at least 1e-30, got 1e-38"),
         ({"temperature": 0}, "temperature must be a finite positive number, got 0"),
         ({"temperature": math.inf}, "temperature must be a finite positive number, got inf"),
         ({"distance": "poincare"}, "distance must be a hierloss.PoincareDistance, got str"),

@@ -2,10 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from types import MappingProxyType
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -32,11 +31,6 @@ _LARGE_RATIO_AFTER = 100
 
 _CHUNK_ROWS = 4096
 """Embeddings that are mapped to the ball at a time where there may be a whole data set of them."""
-
-_neighbor_features: ContextVar[Mapping["HIERLoss", Tensor]] = ContextVar(
-    "neighbor_features", default=MappingProxyType({})
-)
-"""The features of each loss in the `HIERLoss.neighbors_from` blocks that this thread is in."""
 
 
 class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
@@ -153,7 +147,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             check_number("gradient_ratio", gradient_ratio, positive=False)
         self.gradient_ratio = gradient_ratio
         with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
-            self.proxies = torch.nn.UninitializedParameter()
+            self.proxies = _UnsizedParameter()
+        self._features_of_threads: dict[int, Tensor] = {}
         self._watch_from_here()
         self._reported_alone = self._reported_large_ratio = False
         self._backwards_with_large_ratio = 0
@@ -180,7 +175,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     @property
     def _is_lazy(self) -> bool:
-        return isinstance(self.proxies, torch.nn.UninitializedParameter)
+        return self.proxies.data.ndim != 2  # a parameter moved to the meta device forgets its class
 
     def get_default_distance(self) -> PoincareDistance:
         return PoincareDistance()
@@ -220,10 +215,12 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 "defined within one set of embeddings; concatenate the two sets and pass them as embeddings, or, "
                 "with DistributedLossWrapper, efficient=False"
             )
+        if getattr(torch.compiler, "is_exporting", bool)():  # torch has it since 2.7
+            raise RuntimeError("HIERLoss cannot be exported: it is for training; export the model alone")
         check_embeddings("embeddings", embeddings, self.embedding_size)
         check_labels(labels, len(embeddings))
-        if neighbor_features is None:
-            neighbor_features = _neighbor_features.get().get(self)
+        if neighbor_features is None and self._features_of_threads:
+            neighbor_features = self._features_of_threads.get(get_ident())
         if neighbor_features is not None:
             check_embeddings("neighbor_features", neighbor_features)
             if len(neighbor_features) != len(embeddings):
@@ -375,11 +372,15 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             ...     loss = loss_func(head(backbone), labels)
         """
         check_embeddings("features", features)
-        token = _neighbor_features.set({**_neighbor_features.get(), self: features})
+        thread = get_ident()
+        before = self._features_of_threads.get(thread)
+        self._features_of_threads[thread] = features
         try:
             yield
         finally:
-            _neighbor_features.reset(token)
+            del self._features_of_threads[thread]
+            if before is not None:
+                self._features_of_threads[thread] = before
 
     # --- the gradient at the embeddings ---------------------------------------------------------------------
 
@@ -387,12 +388,13 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         """The embeddings, at least float32, whose gradient has the ratio that was asked for, or is measured."""
         if self.gradient_ratio is None and not self.collect_stats:
             return embeddings.to(poincare.result_dtype(embeddings))
-        return hold_gradient_ratio(
+        held: Tensor = hold_gradient_ratio(
             embeddings,
             self.gradient_ratio,
             on_ratio=self._record_ratio if self.collect_stats else None,
             on_alone=None if self.gradient_ratio is None else self._report_alone,
         )
+        return held
 
     def _record_ratio(self, ratio: Tensor) -> None:
         self.unscaled_gradient_ratio = float(ratio)
@@ -414,7 +416,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             warnings.warn(
                 f"gradient_ratio={self.gradient_ratio} had no effect: no other gradient reached the tensor of "
                 "embeddings that HIERLoss was called with. Give the same tensor to all losses, and call "
-                "backward() once for their sum: losses.MultipleLosses([base, hier])(embeddings, labels).backward(). "
+                "backward() once for their sum: "
+                "losses.MultipleLosses([base, hier])(embeddings, labels).backward(). "
                 "Make copies such as embeddings.float() once, before both losses; DistributedLossWrapper makes a "
                 "copy for each loss. If HIERLoss is your only loss, pass gradient_ratio=None",
                 stacklevel=6,  # the line that calls backward()
@@ -525,6 +528,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     def _set_proxies(self, values: Tensor, dtype: torch.dtype) -> None:
         """Give the proxies their size and values; in one step, so that an error leaves them as they were."""
+        if "meta" in (values.device.type, self.proxies.data.device.type):
+            raise RuntimeError("embedding_size must be given to a HIERLoss on the meta device, got None")
         # The first batch may come in inference mode: a sanity check before training, for instance.
         with torch.inference_mode(False), torch.no_grad():
             data = values.to(dtype, copy=True)
@@ -598,6 +603,14 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             f"num_proxies={self.num_proxies}, embedding_size={self.embedding_size}, margin={self.margin:g}, "
             f"temperature={self.temperature:g}, gradient_ratio={self.gradient_ratio}"
         )
+
+
+class _UnsizedParameter(torch.nn.UninitializedParameter):
+    """A parameter without a size, which can be frozen before it has one."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> "_UnsizedParameter":
+        self.requires_grad = requires_grad
+        return self
 
 
 def _check_miner(miner: Any, distance: PoincareDistance) -> None:
