@@ -15,10 +15,10 @@ import torch.distributed as dist
 from pytorch_metric_learning import losses
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 from torch.distributed.run import main as torchrun
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -49,7 +49,7 @@ def train(epochs: int, seed: int) -> None:
     images, labels = torch.from_numpy(data).float() / 16, torch.from_numpy(targets)
     seen = labels < 5
     train_set = TensorDataset(images[seen], labels[seen])
-    # PML gathers batches of one size, so the last and smaller one is dropped.
+    # all_gather needs batches of one size, so the last and smaller one is dropped.
     sampler: DistributedSampler[tuple[torch.Tensor, ...]] = DistributedSampler(
         train_set, seed=seed, drop_last=True
     )
@@ -58,12 +58,8 @@ def train(epochs: int, seed: int) -> None:
     model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)))
     base = losses.ProxyAnchorLoss(num_classes=5, embedding_size=64)
     hier = HIERLoss(num_proxies=64, embedding_size=64)  # DDP must know the size
-    # Each loss is wrapped, so that it sees the embeddings of all processes; DDP around both keeps their proxies
-    # the same everywhere. PML's wrapper multiplies by the number of processes. DDP's mean takes that back from the
-    # model's gradient, but not from the proxies'. Adam does not mind; with SGD, divide their learning rate by it.
-    loss_func = DistributedDataParallel(
-        losses.MultipleLosses([DistributedLossWrapper(base), DistributedLossWrapper(hier)], weights=[1, 0.5])
-    )
+    # DDP around the losses keeps their proxies the same in all processes.
+    loss_func = DistributedDataParallel(losses.MultipleLosses([base, hier]))
     optimizer = torch.optim.AdamW(
         [{"params": model.parameters(), "lr": 1e-3}, {"params": loss_func.parameters(), "lr": 1e-2}]
     )
@@ -72,7 +68,9 @@ def train(epochs: int, seed: int) -> None:
         sampler.set_epoch(epoch)
         for batch, batch_labels in loader:
             optimizer.zero_grad()
-            loss_func(model(batch), batch_labels).backward()
+            # One tensor with the embeddings of all processes, for all losses; gradients flow back through it.
+            embeddings = torch.cat(all_gather(model(batch)))
+            loss_func(embeddings, torch.cat(all_gather(batch_labels))).backward()
             optimizer.step()
 
     proxies = hier.proxies.detach()

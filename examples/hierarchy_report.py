@@ -79,7 +79,7 @@ def train(images: Tensor, labels: Tensor, epochs: int) -> tuple[nn.Module, HIERL
         nn.Linear(64 * 16, EMBEDDING_SIZE),
     )
     hier = HIERLoss(num_proxies=128, embedding_size=EMBEDDING_SIZE)
-    loss_func = losses.MultipleLosses([losses.MultiSimilarityLoss(), hier], weights=[1, 0.5])
+    loss_func = losses.MultipleLosses([losses.MultiSimilarityLoss(), hier])
     optimizer = torch.optim.AdamW(
         [{"params": model.parameters(), "lr": 1e-3}, {"params": loss_func.parameters(), "lr": 1e-2}]
     )

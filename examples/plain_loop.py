@@ -31,7 +31,7 @@ def main() -> dict[str, float]:
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
     base = losses.ProxyAnchorLoss(num_classes=5, embedding_size=64)
     # The line that adds HIER. It takes the raw outputs of the network, neither normalized nor mapped to the ball.
-    loss_func = losses.MultipleLosses([base, HIERLoss(num_proxies=64)], weights=[1, 0.5])
+    loss_func = losses.MultipleLosses([base, HIERLoss(num_proxies=64)])
     # The proxies are parameters of the loss, and learn faster than the network.
     optimizer = torch.optim.AdamW(
         [{"params": model.parameters(), "lr": 1e-3}, {"params": loss_func.parameters(), "lr": 1e-2}]

@@ -35,8 +35,7 @@ def main() -> list[dict[str, float]]:
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
     distance = PoincareDistance()
     loss_func = losses.MultipleLosses(
-        [losses.NTXentLoss(temperature=0.2, distance=distance), HIERLoss(num_proxies=64, distance=distance)],
-        weights=[1, 0.5],
+        [losses.NTXentLoss(temperature=0.2, distance=distance), HIERLoss(num_proxies=64, distance=distance)]
     )
     tester = testers.GlobalEmbeddingSpaceTester(
         # PML's testers scale embeddings to norm 1 by default. Hyperbolic distances need the norm.

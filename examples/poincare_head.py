@@ -55,7 +55,7 @@ def main() -> dict[str, float]:
             points, targets = model(images[seen][batch]), labels[seen][batch]
             optimizer.zero_grad()
             # PML's ref_emb: each point is compared with the class proxies instead of the batch.
-            loss = ntxent(points, targets, ref_emb=class_proxies, ref_labels=classes) + 0.5 * hier(points, targets)
+            loss = ntxent(points, targets, ref_emb=class_proxies, ref_labels=classes) + hier(points, targets)
             loss.backward()
             optimizer.step()
         progress.set_postfix(loss=f"{loss.item():.3f}", c=f"{ball.c.item():.4f}")

@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="number of repetitions")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--weight", type=float, default=0.5, help="weight of HIERLoss (lambda)")
+    parser.add_argument("--gradient-ratio", type=float, default=0.3, help="gradient of HIER over the base loss's")
     parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="where the picture goes")
     args = parser.parse_args()
 
@@ -53,9 +53,9 @@ def main() -> None:
                 torch.manual_seed(seed)
                 model = make_model()
                 base = losses.ProxyAnchorLoss(num_classes=5, embedding_size=EMBEDDING_SIZE)
-                hier = HIERLoss(num_proxies=128)
+                hier = HIERLoss(num_proxies=128, gradient_ratio=args.gradient_ratio)
                 # The one line that adds HIER to a loss.
-                both = losses.MultipleLosses([base, hier], weights=[1, args.weight])
+                both = losses.MultipleLosses([base, hier])
                 progress.set_description(f"seed {seed}, {name}")
                 train(model, both if with_hier else base, *train_set, seed, args.epochs, progress)
                 scores[name].append(retrieve(model, *test_set))

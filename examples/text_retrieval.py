@@ -72,7 +72,7 @@ def main() -> dict[str, dict[str, float]]:
     parser.add_argument("--data", type=Path, help="folder with trec_questions.npz; if not given, texts made here")
     parser.add_argument("--epochs", type=int, default=100, help="passes over the training set")
     parser.add_argument("--lr", type=float, help="of the model; if not given, 2e-5 with --model, 1e-2 without")
-    parser.add_argument("--weight", type=float, default=0.5, help="weight of HIERLoss (lambda)")
+    parser.add_argument("--gradient-ratio", type=float, default=0.3, help="gradient of HIER over the base loss's")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -86,7 +86,7 @@ def main() -> dict[str, dict[str, float]]:
 
     scores = {"before": retrieve(model, texts[~seen], unseen_levels)}
     lr = args.lr or (1e-2 if args.model is None else 2e-5)
-    train(model, texts[seen], torch.from_numpy(fine[seen] // 2), args.epochs, lr, args.weight)
+    train(model, texts[seen], torch.from_numpy(fine[seen] // 2), args.epochs, lr, args.gradient_ratio)
     scores["after"] = retrieve(model, texts[~seen], unseen_levels)
 
     title = f"{(~seen).sum()} texts of {len(fine_names) // 2} classes not trained on, in %"
@@ -98,12 +98,12 @@ def main() -> dict[str, dict[str, float]]:
 
 
 def train(
-    model: SentenceTransformer, texts: np.ndarray, labels: torch.Tensor, epochs: int, lr: float, weight: float
+    model: SentenceTransformer, texts: np.ndarray, labels: torch.Tensor, epochs: int, lr: float, ratio: float
 ) -> None:
     size = model.get_embedding_dimension()
     base = losses.ProxyAnchorLoss(num_classes=int(labels.max()) + 1, embedding_size=size)
     # The line that adds HIER.
-    loss_func = losses.MultipleLosses([base, HIERLoss(num_proxies=64)], weights=[1, weight]).to(model.device)
+    loss_func = losses.MultipleLosses([base, HIERLoss(num_proxies=64, gradient_ratio=ratio)]).to(model.device)
     optimizer = torch.optim.AdamW(
         [{"params": model.parameters(), "lr": lr}, {"params": loss_func.parameters(), "lr": 1e-2}]
     )

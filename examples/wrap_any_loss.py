@@ -66,7 +66,7 @@ NOT_TRAINED = {
 def main() -> dict[str, np.ndarray]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=30, help="training steps of each loss")
-    parser.add_argument("--weight", type=float, default=0.5, help="weight of HIERLoss (lambda)")
+    parser.add_argument("--gradient-ratio", type=float, default=0.3, help="gradient of HIER over the base loss's")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--losses", nargs="+", metavar="NAME", help="only these; all if not given")
     args = parser.parse_args()
@@ -88,7 +88,8 @@ def main() -> dict[str, np.ndarray]:
             model = make_model()
             base = getattr(losses, name)(**ARGUMENTS.get(name, {}))
             # The one line that adds HIER to a loss, whichever it is.
-            both = losses.MultipleLosses([base, HIERLoss(num_proxies=64)], weights=[1, args.weight])
+            hier = HIERLoss(num_proxies=64, gradient_ratio=args.gradient_ratio)
+            both = losses.MultipleLosses([base, hier])
             loss_func = both if with_hier else base
             train(model, loss_func, images[seen], labels[seen], name not in WITHOUT_LABELS, args.steps, args.seed)
             runs.append(retrieve(model, images[~seen], labels[~seen]))

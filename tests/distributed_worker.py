@@ -15,6 +15,8 @@ from pytorch_metric_learning.utils.distributed import DistributedLossWrapper
 from torch import Tensor
 from torch.distributed.algorithms.join import Join
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from hierloss import HIERLoss
@@ -36,7 +38,8 @@ def make_model(dtype: torch.dtype = torch.float64) -> torch.nn.Module:
 
 def make_losses(dtype: torch.dtype = torch.float64, **kwargs: Any) -> tuple[torch.nn.Module, HIERLoss]:
     torch.manual_seed(1)
-    return losses.ProxyAnchorLoss(CLASSES, D).to(dtype), HIERLoss(P, D, **kwargs).to(dtype)
+    hier = HIERLoss(P, D, **{"gradient_ratio": None} | kwargs)
+    return losses.ProxyAnchorLoss(CLASSES, D).to(dtype), hier.to(dtype)
 
 
 def every_triplet() -> miners.TripletMarginMiner:
@@ -44,8 +47,8 @@ def every_triplet() -> miners.TripletMarginMiner:
     return miners.TripletMarginMiner(margin=1000)
 
 
-def gathered(base: torch.nn.Module, hier: HIERLoss) -> DDP:
-    """The recipe of docs/distributed.md."""
+def wrapped_losses(base: torch.nn.Module, hier: HIERLoss) -> DDP:
+    """Each loss in PML's wrapper, which gathers for itself."""
     wrapped = [DistributedLossWrapper(base), DistributedLossWrapper(hier)]
     return DDP(losses.MultipleLosses(wrapped, weights=[1, 0.5]))
 
@@ -66,10 +69,10 @@ def gradients(model: torch.nn.Module, base: torch.nn.Module, hier: HIERLoss) -> 
 def one_step(
     rank: int, world_size: int, *, seed: int | None, gather: bool = True, unscaled: bool = False, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """Gradients of a step; ``seed`` ``None`` is eval mode."""
+    """Gradients of a step with PML's wrappers or without gathering; ``seed`` ``None`` is eval mode."""
     model, (base, hier) = DDP(make_model()), make_losses(**kwargs)
     plain = losses.MultipleLosses([base, hier], weights=[1, 0.5])
-    loss_func = gathered(base, hier) if gather else DDP(plain)
+    loss_func = wrapped_losses(base, hier) if gather else DDP(plain)
     if unscaled:
         for parameter in loss_func.parameters():
             parameter.register_hook(lambda grad: grad / world_size)
@@ -80,12 +83,40 @@ def one_step(
     return gradients(model, base, hier)
 
 
+def gathered_once(
+    rank: int, world_size: int, seed: int | None, shard_model: bool = False, **kwargs: Any
+) -> dict[str, Tensor]:
+    """The recipe of docs/distributed.md: gradients of a step, and the ratio of HIER's in the whole batch."""
+    model, (base, hier) = make_model(), make_losses(**kwargs, collect_stats=True)
+    parallel = FSDP(model, use_orig_params=True, device_id=torch.device("cpu")) if shard_model else DDP(model)
+    loss_func = DDP(losses.MultipleLosses([base, hier], weights=[1, 0.5])).train(seed is not None)
+    features, labels = shard(make_data(), rank, world_size)
+    torch.manual_seed(seed or 0)
+    embeddings = torch.cat(all_gather(parallel(features)))
+    loss_func(embeddings, torch.cat(all_gather(labels))).backward()
+    ratio = torch.tensor(hier.unscaled_gradient_ratio)
+    if not shard_model:
+        return gradients(model, base, hier) | {"ratio": ratio}
+    parts = [torch.empty(F * D + D, dtype=torch.float64) for _ in range(world_size)]  # uneven shards
+    own = torch.cat([p.grad.flatten() for p in parallel.parameters() if p.grad is not None])
+    sizes = [torch.tensor(0) for _ in range(world_size)]
+    dist.all_gather(sizes, torch.tensor(len(own)))
+    dist.all_gather(parts, torch.cat([own, own.new_zeros(F * D + D - len(own))]))
+    whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return {
+        "model": whole[: F * D].view(D, F),
+        "base": base.proxies.grad,
+        "hier": hier.proxies.grad,
+        "ratio": ratio,
+    }
+
+
 def train(
     rank: int, world_size: int, steps: int, around_loss: bool = True, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
     """Many steps with draws of their own in each process; with mixed precision if there is a dtype for it."""
     model, (base, hier) = DDP(make_model(torch.float32)), make_losses(torch.float32)
-    loss_func = gathered(base, hier) if around_loss else gathered(base, hier).module
+    loss_func = wrapped_losses(base, hier) if around_loss else wrapped_losses(base, hier).module
     optimizer = torch.optim.Adam([*model.parameters(), *loss_func.parameters()], lr=0.01)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
     torch.manual_seed(rank)
@@ -115,7 +146,7 @@ def awkward_batches(rank: int, world_size: int) -> list[dict[str, Tensor]]:
     ):
         model, (base, hier) = DDP(make_model()), make_losses()
         both = losses.MultipleLosses([base, hier])
-        loss_func = gathered(base, hier) if gather else DDP(both)
+        loss_func = wrapped_losses(base, hier) if gather else DDP(both)
         features, labels = make_data(rank)
         if one_class and rank == 0:
             labels = torch.zeros_like(labels)
@@ -155,14 +186,15 @@ def uneven_gathered_batches(rank: int, world_size: int) -> dict[str, Tensor]:
     model, (base, hier) = DDP(make_model()), make_losses()
     features, labels = make_data(rank)
     size = 6 - (rank == world_size - 1)
-    gathered(base, hier)(model(features[:size]), labels[:size]).backward()
+    wrapped_losses(base, hier)(model(features[:size]), labels[:size]).backward()
     return gradients(model, base, hier)
 
 
 def start_from_data(rank: int, world_size: int) -> Tensor:
     """Each process has other embeddings; what the first makes of its own is sent to all."""
     _, hier = make_losses()
-    hier.init_proxies(make_data(rank)[0][:, :D], torch.Generator().manual_seed(rank))
+    torch.manual_seed(rank)
+    hier.init_proxies(make_data(rank)[0][:, :D])
     with torch.no_grad():
         dist.broadcast(hier.proxies, src=0)
     return hier.proxies.detach()
@@ -187,6 +219,9 @@ def messages(rank: int, world_size: int) -> dict[str, str]:
 def everything(*here: int) -> dict[str, Any]:
     _, hier = make_losses()
     return {
+        "gathered once": gathered_once(*here, None, gradient_ratio=0.3),
+        "gathered once, FSDP": gathered_once(*here, None, shard_model=True, gradient_ratio=0.3),
+        "gathered once, draws": gathered_once(*here, 7 + here[0]),
         "any order, eval": one_step(*here, seed=None, miner=every_triplet()),
         "any order, unscaled": one_step(*here, seed=None, miner=every_triplet(), unscaled=True),
         "eval": one_step(*here, seed=None),

@@ -55,7 +55,7 @@ def test_distances():
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_the_loss_itself(with_labels, monkeypatch):
     torch.manual_seed(0)
-    loss_func = HIERLoss(num_proxies=24, embedding_size=8)
+    loss_func = HIERLoss(num_proxies=24, embedding_size=8, gradient_ratio=None)
     embeddings = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     labels = torch.arange(32) % 6 if with_labels else None
     compiled = torch.compile(loss_func, fullgraph=True, backend="aot_eager")
@@ -72,7 +72,7 @@ def test_the_loss_itself(with_labels, monkeypatch):
 
 def test_batches_of_other_sizes():
     torch.manual_seed(0)
-    loss_func = HIERLoss(num_proxies=24, embedding_size=8)
+    loss_func = HIERLoss(num_proxies=24, embedding_size=8, gradient_ratio=None)
     compiled = torch.compile(loss_func, backend="aot_eager")
     for size in (30, 31, 40):
         assert compiled(torch.randn(size, 8), torch.arange(size) % 5).isfinite()

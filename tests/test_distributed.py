@@ -125,6 +125,25 @@ def test_without_gathering_every_gradient_is_the_mean_over_the_processes(seen):
         torch.testing.assert_close(results[0]["not gathered"][part], expected)
 
 
+def test_gathered_once_every_gradient_is_that_of_one_process_with_the_whole_batch(seen):
+    """The ratio is that of the whole batch too: no factor, whatever the number of processes."""
+    _, results = seen
+    expected = one_process(torch.arange(B), None, gradient_ratio=0.3)
+    for name in ("gathered once", "gathered once, FSDP"):
+        assert_same_on_all([result[name]["ratio"] for result in results])
+        for part in ("model", "base", "hier"):
+            torch.testing.assert_close(results[0][name][part], expected[part])
+    assert not torch.allclose(one_process(torch.arange(B), None)["model"], expected["model"], rtol=1e-3)
+
+
+def test_gathered_once_with_draws_every_gradient_is_the_mean_of_those_of_the_processes(seen):
+    world_size, results = seen
+    parts = [one_process(torch.arange(B), 7 + rank) for rank in range(world_size)]
+    for part in ("model", "base", "hier"):
+        expected = torch.stack([p[part] for p in parts]).mean(0)
+        torch.testing.assert_close(results[0]["gathered once, draws"][part], expected)
+
+
 # --- training -----------------------------------------------------------------------------------------------
 
 

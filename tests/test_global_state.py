@@ -14,7 +14,7 @@ import pytest
 import torch
 from pytorch_metric_learning import losses
 
-from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner, functional
+from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner
 
 P, D, B = 24, 8, 32
 
@@ -150,20 +150,6 @@ def test_settings_of_the_user_are_respected_and_kept():
     assert np.isfinite(values).all()
 
 
-def test_a_generator_that_is_given_is_the_only_one_that_is_used():
-    embeddings, labels = batch()
-    distances = PoincareDistance()(embeddings)
-    state = torch.get_rng_state()
-    results = []
-    for _ in range(2):
-        generator = torch.Generator().manual_seed(3)
-        triplets = functional.reciprocal_triplets(distances, labels, generator=generator)[:3]
-        drawn = functional.hierarchical_triplet_loss(distances, triplets, generator=generator)
-        results.append([*triplets, *drawn])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 # --- threads ------------------------------------------------------------------------------------------------
 
 
@@ -190,22 +176,6 @@ def test_in_eval_mode_threads_give_the_same_bit_for_bit():
     together, alone = in_threads(work)
     torch.testing.assert_close(together, alone, rtol=0, atol=0)
     assert together[0][0] != together[1][0]
-
-
-def test_with_generators_of_their_own_threads_give_the_same_bit_for_bit():
-    def work(i):
-        generator = torch.Generator().manual_seed(i)
-        distances = torch.rand(B, P, generator=generator).requires_grad_()
-        optimizer = torch.optim.SGD([distances], lr=1.0)
-        for _ in range(30):
-            among = PoincareDistance()(distances.detach()[:, :D])
-            triplets = functional.reciprocal_triplets(among, generator=generator)[:3]
-            optimizer.zero_grad()
-            functional.hierarchical_triplet_loss(distances, triplets, generator=generator).losses.mean().backward()
-            optimizer.step()
-        return distances.detach()
-
-    torch.testing.assert_close(*in_threads(work), rtol=0, atol=0)
 
 
 def test_in_training_threads_share_nothing_but_the_generator():

@@ -19,15 +19,20 @@ def batch():
     return torch.randn(B, D, generator=generator).cuda().requires_grad_(), (torch.arange(B) // 2).cuda()
 
 
+def total(loss_func, embeddings, labels):
+    """HIER beside another loss, which has a gradient for the ratio and needs no synchronization."""
+    return embeddings.square().mean() + loss_func(embeddings, labels)
+
+
 @pytest.mark.parametrize("with_labels", [True, False])
 def test_the_host_never_waits(batch, with_labels):
     loss_func = HIERLoss(P, D).cuda()
     embeddings, labels = batch
-    loss_func(embeddings, labels).backward()  # the first call sets up libraries
+    total(loss_func, embeddings, labels).backward()  # the first call sets up libraries
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss_func(embeddings, labels if with_labels else None).backward()
+        total(loss_func, embeddings, labels if with_labels else None).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -42,13 +47,14 @@ def test_cuda_graph_of_a_training_step(batch):
     with torch.cuda.stream(stream):
         for _ in range(3):
             optimizer.zero_grad(set_to_none=True)
-            loss_func(embeddings, labels).backward()
+            total(loss_func, embeddings, labels).backward()
             optimizer.step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     optimizer.zero_grad(set_to_none=True)
     with torch.cuda.graph(graph):
-        loss = loss_func(embeddings, labels)
+        embeddings.grad = None
+        loss = total(loss_func, embeddings, labels)
         loss.backward()
         optimizer.step()
     values = []
@@ -59,6 +65,13 @@ def test_cuda_graph_of_a_training_step(batch):
     assert len(set(values)) > 10
     assert all(0 < v < 5 for v in values)
     assert not torch.equal(before, loss_func.proxies)
+
+
+def test_the_ratio_of_gradients(batch):
+    embeddings, labels = batch
+    (others,) = torch.autograd.grad(embeddings.square().mean(), embeddings)
+    total(HIERLoss(P, D).cuda(), embeddings, labels).backward()
+    assert float((embeddings.grad - others).norm() / others.norm()) == pytest.approx(0.3, rel=1e-3)
 
 
 def test_mean_over_draws_is_that_of_the_cpu(batch):
@@ -84,7 +97,7 @@ def test_mixed_precision_with_grad_scaler(batch, dtype):
     for _ in range(60):
         optimizer.zero_grad()
         with torch.autocast("cuda", dtype=dtype):
-            loss = loss_func(model(embeddings.detach()), labels)
+            loss = total(loss_func, model(embeddings.detach()), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

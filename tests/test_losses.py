@@ -25,7 +25,8 @@ def batch(seed=0, n=B, dim=D):
 
 def small(**kwargs):
     torch.manual_seed(0)
-    return HIERLoss(**{"num_proxies": P, "embedding_size": D} | kwargs)
+    """Called alone mostly, where there is no ratio to other gradients."""
+    return HIERLoss(**{"num_proxies": P, "embedding_size": D, "gradient_ratio": None} | kwargs)
 
 
 def value(loss_func, *args, seed=0):
@@ -1051,13 +1052,14 @@ def test_defaults_are_the_papers_and_on_record():
     loss_func = HIERLoss(embedding_size=D)
     assert loss_func.proxies.shape == (512, D)
     assert (loss_func.num_proxies, loss_func.margin, loss_func.temperature) == (512, 0.1, 0.1)
-    assert {"num_proxies", "margin", "temperature"} <= set(loss_func._record_these)
+    assert loss_func.gradient_ratio == 0.3
+    assert {"num_proxies", "margin", "temperature", "gradient_ratio"} <= set(loss_func._record_these)
     assert loss_func.sub_loss_names() == ["sample_loss", "proxy_loss"]
 
 
 def test_repr_shows_the_settings():
     text = repr(HIERLoss(num_proxies=P))
-    assert "num_proxies=24, embedding_size=None, margin=0.1, temperature=0.1" in text
+    assert "num_proxies=24, embedding_size=None, margin=0.1, temperature=0.1, gradient_ratio=0.3" in text
     assert "PoincareDistance(c=0.1, clip_radius=2.3)" in text
     assert "ReciprocalNeighborMiner" in text
 

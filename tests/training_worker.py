@@ -17,6 +17,7 @@ from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner
 STEPS, CLASSES, D = 40, 6, 8
 RUNS: dict[str, dict[str, Any]] = {
     "lazily sized, Adam": {"hier": {}, "optimizer": torch.optim.Adam},
+    "lambda, Adam": {"hier": {"gradient_ratio": None}, "optimizer": torch.optim.Adam},
     "proxy batch, AdamW": {"hier": {"proxy_batch_size": 7}, "optimizer": torch.optim.AdamW},
     "sized, SGD": {"hier": {"embedding_size": D}, "optimizer": torch.optim.SGD, "momentum": 0.9},
     "learned curvature": {"hier": {"distance": 0.3}, "optimizer": torch.optim.Adam},

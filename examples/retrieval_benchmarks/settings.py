@@ -32,6 +32,7 @@ class Settings:
     freeze_batch_norm: bool = setting("keep batch norm as it was pretrained, statistics and weights")
 
     hier_weight: float = setting("lambda, the weight of HIER; 0 trains without it", 0.5)
+    gradient_ratio: float = setting("HIER's gradient at the embeddings over the base loss's; 0: lambda alone", 0.0)
     num_proxies: int = setting("P, number of hierarchical proxies", 512)
     margin: float = setting("margin of HIER", 0.1)
     temperature: float = setting("temperature of HIER's ancestors", 0.1)

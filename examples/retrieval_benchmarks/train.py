@@ -126,6 +126,7 @@ def make_criteria(base_loss: str, num_classes: int, settings: Settings) -> nn.Mo
             temperature=settings.temperature,
             miner=ReciprocalNeighborMiner(settings.num_neighbors, settings.triplets_per_anchor, distance=distance),
             distance=distance,
+            gradient_ratio=settings.gradient_ratio or None,
         )
     return criteria
 

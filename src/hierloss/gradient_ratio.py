@@ -17,7 +17,6 @@ from . import poincare
 __all__ = ["hold_gradient_ratio"]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # what is put aside is a side effect, which a compiled graph cannot have
 def hold_gradient_ratio(
     embeddings: Tensor,
     ratio: float | None,

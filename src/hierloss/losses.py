@@ -38,7 +38,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     Add it to any metric learning loss:
 
-        losses.MultipleLosses([losses.ProxyAnchorLoss(100, 128), HIERLoss(gradient_ratio=0.3)])
+        losses.MultipleLosses([losses.ProxyAnchorLoss(100, 128), HIERLoss()])
 
     `PoincareDistance` maps embeddings and proxies, both Euclidean vectors, to the ball. Triplets :math:`(i, j, k)`
     whose ``i`` and ``j`` are reciprocal neighbours are drawn among the embeddings of the batch, and likewise among
@@ -101,7 +101,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     Example:
         >>> from pytorch_metric_learning import losses
         >>> loss_func = losses.MultipleLosses(
-        ...     [losses.ProxyAnchorLoss(num_classes=10, embedding_size=64), HIERLoss(gradient_ratio=0.3)]
+        ...     [losses.ProxyAnchorLoss(num_classes=10, embedding_size=64), HIERLoss()]
         ... )
         >>> embeddings, labels = torch.randn(32, 64, requires_grad=True), torch.arange(32) % 10
         >>> loss_func(embeddings, labels).backward()
@@ -119,7 +119,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         miner: torch.nn.Module | None = None,
         proxy_miner: ReciprocalNeighborMiner | None = None,
         proxy_batch_size: int | None = None,
-        gradient_ratio: float | None = None,
+        gradient_ratio: float | None = 0.3,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -388,13 +388,12 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         """The embeddings, at least float32, whose gradient has the ratio that was asked for, or is measured."""
         if self.gradient_ratio is None and not self.collect_stats:
             return embeddings.to(poincare.result_dtype(embeddings))
-        held: Tensor = hold_gradient_ratio(
+        return hold_gradient_ratio(
             embeddings,
             self.gradient_ratio,
             on_ratio=self._record_ratio if self.collect_stats else None,
             on_alone=None if self.gradient_ratio is None else self._report_alone,
         )
-        return held
 
     def _record_ratio(self, ratio: Tensor) -> None:
         self.unscaled_gradient_ratio = float(ratio)
