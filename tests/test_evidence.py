@@ -1,185 +1,172 @@
-"""The studies train and score what they say, resume where they stopped, and compare in pairs."""
+"""The study trains and scores what it says, resumes where it stopped, and compares in pairs."""
 
 import json
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from pytorch_metric_learning import losses
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
+from scipy import stats
 
 from benchmarks.evidence import __main__ as evidence
-from benchmarks.evidence import data, settings, studies, tables, training
-
-ALONE = replace(settings.FAITHFUL, weight=0.0)
+from benchmarks.evidence import data, report, study, training
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    monkeypatch.setattr(training, "STEPS", dict.fromkeys(data.DATASETS, 3))
-    monkeypatch.setattr(training, "EPOCH", 1)
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A table of 24 classes in 6 superclasses, and runs of four steps."""
+    monkeypatch.setattr(training, "CHECKPOINTS", (0, 1, 2, 4))
+    monkeypatch.setattr(training, "MOST_STEPS", 4)
+    generator = np.random.default_rng(0)
+    label = np.repeat(np.arange(24), 8)
+    features = generator.normal(size=(6, 32))[label // 4] + generator.normal(size=(24, 32))[label]
+    features = features + generator.normal(size=(len(label), 32))
+    np.savez(tmp_path / "cub200_2010_features.npz", features=np.float16(features), label=label, family=label // 4)
+    return tmp_path
 
 
-def synthetic():
-    return data.split(*data.load_synthetic(0))
+def split_of(folder, seed=0):
+    return data.split(data.load("cub", folder), seed)
 
 
-def test_no_class_is_both_trained_and_retrieved():
-    inputs, taxonomy = data.load_synthetic(0)
-    test = data.split(inputs, taxonomy)
-    tuning = [data.split(inputs, taxonomy, seed) for seed in range(2)]
-    fine = taxonomy[:, 0]
-    assert set(test.train_taxonomy[:, 0].tolist()) == set(range(0, 64, 2))
-    assert set(test.test_taxonomy[:, 0].tolist()) == set(range(1, 64, 2))
-    for split in tuning:
-        training_classes, validation = (set(t[:, 0].tolist()) for t in (split.train_taxonomy, split.test_taxonomy))
-        assert training_classes | validation == set(range(0, 64, 2))
-        assert not training_classes & validation
-        assert len(validation) == 16
-        torch.testing.assert_close(split.test, inputs[torch.isin(fine, split.test_taxonomy[:, 0].unique())])
-    assert not torch.equal(tuning[0].test, tuning[1].test)
+def test_no_class_is_both_trained_and_retrieved(folder):
+    table = data.load("cub", folder)
+    assert table.features.dtype == torch.float32
+    assert torch.equal(table.taxonomy[:, 1], table.taxonomy[:, 0] // 4)
+    splits = [data.split(table, seed) for seed in range(2)]
+    for parts in splits:
+        classes = [set(part.taxonomy[:, 0].tolist()) for part in parts]
+        assert [len(c) for c in classes] == [8, 4, 12]
+        assert set.union(*classes) == set(range(24))
+        for part in parts:
+            for features, levels in zip(part.features[:3], part.taxonomy[:3], strict=True):
+                row = (table.features == features).all(1)
+                assert torch.equal(table.taxonomy[row][0], levels)
+    assert set(splits[0].test.taxonomy[:, 0].tolist()) != set(splits[1].test.taxonomy[:, 0].tolist())
 
 
-def test_settings_differ_from_the_faithful_ones_in_one_thing():
-    for name, changed in settings.sweep().items():
-        differing = [k for k in vars(changed) if getattr(changed, k) != getattr(settings.FAITHFUL, k)]
-        assert len(differing) == (name != "faithful"), name
-
-
-@pytest.mark.parametrize("name", settings.CANDIDATES | settings.CHOSEN)
-def test_every_candidate_trains(name):
-    candidate = (settings.CANDIDATES | settings.CHOSEN)[name]
-    scores = training.run("synthetic", synthetic(), "SupCon", 1e-3, candidate, seed=0)
-    alone = training.run("synthetic", synthetic(), "SupCon", 1e-3, ALONE, seed=0)
-    assert all(np.isfinite(value) for value in scores.values())
-    assert scores["MAP@R"] != alone["MAP@R"]  # HIER had an effect
-
-
-def test_equal_seeds_are_paired():
-    """With a weight of nearly nothing, initial weights and batches are those of the base loss alone."""
-    scores = [
-        training.run("synthetic", synthetic(), "SupCon", 1e-3, replace(ALONE, weight=weight), seed=0)
-        for weight in (0.0, 1e-12)
-    ]
-    for name, value in scores[0].items():
-        assert scores[1][name] == pytest.approx(value, abs=1e-4)
-
-
-def test_gradients_of_base_and_hier_have_the_ratio_that_lambda_implies(monkeypatch):
-    monkeypatch.setattr(training, "STEPS", {"synthetic": 1})
-    ratios = [
-        training.run("synthetic", synthetic(), "SupCon", 1e-3, replace(ALONE, weight=weight), 0)["gradient ratio"]
-        for weight in (0.5, 2.0)
-    ]
-    assert ratios[1] == pytest.approx(4 * ratios[0], rel=1e-6)
-    assert ratios[0] > 0
-
-
-def test_total_gradient_is_that_of_the_base_loss_plus_lambda_times_hier():
-    torch.manual_seed(0)
-    embeddings, labels = torch.randn(30, 8, requires_grad=True), torch.arange(30) % 6
-    base = losses.SupConLoss()
-    hier = training.HIERLoss(16, 8).eval()  # draws nothing
-    both = losses.MultipleLosses([base, hier], weights=[1, 0.5])
-    gradient = [torch.autograd.grad(f(embeddings, labels), embeddings)[0] for f in (both, base, hier)]
-    torch.testing.assert_close(gradient[0], gradient[1] + 0.5 * gradient[2], rtol=1e-5, atol=1e-7)
-
-
-def test_scores_of_known_embeddings():
-    """Two superclasses of two classes each, on four directions: neighbours by class, then by superclass."""
-    degrees = torch.tensor([0.0, 10.0, 100.0, 110.0]).repeat_interleave(30) + torch.linspace(0, 0.1, 30).repeat(4)
-    embeddings = torch.stack([torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))], 1)
-    fine = torch.arange(4).repeat_interleave(30)
-    scores = training.scores(embeddings, torch.stack([fine, fine // 2], 1), seed=0)
-    for name in ("R@1", "MAP@R", "superclass R@1", "superclass P@20", "H-AP", "purity, ward", "purity, average"):
-        assert scores[name] == pytest.approx(100), name
-    swapped = torch.stack([fine, torch.tensor([0, 1, 0, 1])[fine]], 1)
-    scores = training.scores(embeddings, swapped, seed=0)
-    assert scores["superclass P@20"] == pytest.approx(100)  # 20 neighbours of the own class
-    assert scores["purity, ward"] == pytest.approx(50)  # every superclass is the whole tree only
-    wrong = (torch.arange(120) % 30)[:, None]
-    assert training.scores(embeddings, wrong, seed=0)["R@1"] < 10
-
-
-def test_a_study_resumes_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "LEARNING_RATES", (1e-3,))
-    monkeypatch.setattr(studies, "BASE_LOSSES", ("SupCon",))
-    perform = lambda seeds: studies.perform("base", ["synthetic"], None, 1, seeds, tmp_path)  # noqa: E731
-    perform(1)
-    first = studies.read("base", tmp_path)
-    perform(2)
-    both = studies.read("base", tmp_path)
-    assert [row["seed"] for row in both] == [0, 1]
-    assert both[0] == first[0]  # not run again
-    perform(2)
-    assert studies.read("base", tmp_path) == both
-
-
-def test_studies_use_the_learning_rate_that_is_best_among_validation_classes(tmp_path):
-    with pytest.raises(ValueError, match="run the study base first"):
-        list(studies.runs("test", ["synthetic"], folder=tmp_path))
-    rows = [
-        {
-            "dataset": "synthetic",
-            "base": base,
-            "lr": lr,
-            "seed": seed,
-            "method": f"lr={lr:g}",
-            "key": "",
-            "scores": s,
-        }
-        for base in settings.BASE_LOSSES
-        for lr, of_seeds in ((1e-3, (50, 10)), (1e-2, (40, 40)))
-        for seed, s in enumerate({"MAP@R": value, "R@1": 0} for value in of_seeds)
-    ]
-    (tmp_path / "base.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    runs = list(studies.runs("test", ["synthetic"], folder=tmp_path))
-    assert {run.lr for run in runs} == {1e-2}
-    assert not any(run.validation for run in runs)
-    assert {run.seed for run in runs} == set(range(10))
-    assert all(run.validation for run in studies.runs("candidates", ["synthetic"], folder=tmp_path))
-
-
-def test_differences_are_paired_and_certain_ones_are_bold():
-    def row(method, seed, value):
-        of = {"dataset": "digits", "base": "SupCon", "method": method, "seed": seed}
-        stats = dict.fromkeys(("gradient ratio", "share clipped", "share active", "ancestors drawn"), 0.5)
-        return of | {"scores": {"R@1": value, "MAP@R": -value} | stats}
-
-    rows = [row("alone", seed, 10.0 * seed) for seed in range(3)]
-    rows += [row("faithful", seed, 10.0 * seed + change) for seed, change in enumerate((1.0, 2.0, 3.0))]
-    assert tables.differences(rows, "digits", "SupCon", "faithful", "R@1") == [1, 2, 3]
-    mean, half = tables.interval([1, 2, 3])
-    assert mean == 2
-    assert half == pytest.approx(4.302652729911275 / 3**0.5)  # t of 2 degrees of freedom
-    text = dict(tables.of_study("test", rows))
-    assert "| digits | SupCon | 10.0 | +2.0 ± 2.5 |" in text["R@1 among test classes"]
-    rows += [row("alone", 3, 0.0), row("faithful", 3, 2.0)]
-    text = dict(tables.of_study("test", rows))
-    assert "**+2.0 ± 1.3**" in text["R@1 among test classes"]
-    assert (
-        "R@1 or MAP@R certainly above the base loss alone in 1 of 1 cells; certainly below in 1 of 2"
-        in text["In short"]
+def test_scores_are_those_of_pml(folder):
+    part = split_of(folder).test
+    head = training.make_head(32)
+    found = training.scores(head, part, 0)
+    with torch.no_grad():
+        embeddings = head(part.features)
+    calculator = AccuracyCalculator(
+        include=("precision_at_1", "mean_average_precision_at_r"), knn_func=CustomKNN(CosineSimilarity())
     )
-    assert "digits, SupCon, MAP@R" in text["In short"]
+    expected = calculator.get_accuracy(embeddings, part.taxonomy[:, 0])
+    assert found["R@1"] == pytest.approx(100 * expected["precision_at_1"], abs=1e-3)
+    assert found["MAP@R"] == pytest.approx(100 * expected["mean_average_precision_at_r"], abs=1e-3)
+    similarity = torch.nn.functional.normalize(embeddings) @ torch.nn.functional.normalize(embeddings).T
+    nearest = similarity.fill_diagonal_(-9).topk(20).indices
+    superclass = part.taxonomy[:, 1]
+    shares = (superclass[nearest] == superclass[:, None]).double().mean()
+    assert found["superclass P@20"] == pytest.approx(100 * float(shares), abs=1e-3)
+    assert found["superclass P@20"] < found["H-AP"] < 100
 
 
-def test_report_draws_what_was_measured(tmp_path, capsys):
-    for study, methods in (("sweep", ["faithful", "c=1.0"]), ("candidates", ["faithful"]), ("test", ["faithful"])):
-        rows = [
-            {"dataset": "trec", "base": base, "method": method, "seed": seed, "seconds": 60.0, "key": f"{seed}"}
-            | {
-                "scores": dict.fromkeys(
-                    ("R@1", "MAP@R", "gradient ratio", "share clipped", "share active"), 1.0 * seed
-                )
-            }
-            for base in settings.BASE_LOSSES
-            for method in ["alone", *methods]
-            for seed in range(3)
-        ]
-        for r in rows:
-            r["scores"]["ancestors drawn"] = 1.0
-        (tmp_path / f"{study}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    evidence.report(tmp_path, tmp_path / "images")
-    assert {file.name for file in (tmp_path / "images").iterdir()} == {"sweep.png", "candidates.png", "test.png"}
-    assert "test: 30 runs, 30 minutes" in capsys.readouterr().out
+def test_batches_are_the_same_for_every_method_and_balanced():
+    labels = torch.arange(24).repeat_interleave(torch.tensor([3, 9] * 12))
+    first, again, other = (training.make_batches(labels, seed) for seed in (0, 0, 1))
+    rows = next(first)
+    assert torch.equal(rows, next(again))
+    assert not torch.equal(rows, next(other))
+    assert labels[rows].view(18, 5).unique(dim=1).shape == (18, 1)
+    assert len(labels[rows].unique()) == 18
+
+
+@pytest.mark.parametrize("name", [*training.METHODS])
+def test_every_method_starts_alike_and_changes_the_training(name, folder):
+    parts = split_of(folder)
+    run = partial(training.run, parts, "SupCon", seed=0, steps=4, test=True)
+    curve, alone = run(method=training.METHODS[name]), run(method=training.METHODS["none"])
+    assert list(curve) == ["0", "1", "2", "4"]
+    assert curve["0"] == alone["0"]
+    assert (curve["4"] == alone["4"]) == (name == "none")
+    assert run(method=training.METHODS[name]) == curve
+    assert set(curve["4"]) == {"validation", "test"}
+    assert set(run(method=training.METHODS[name], test=False)["4"]) == {"validation"}
+
+
+@pytest.mark.parametrize("loss", training.LOSSES)
+def test_every_base_loss_learns(loss, folder):
+    curve = training.run(split_of(folder), loss, training.METHODS["none"], 0, 4, test=True)
+    assert curve["4"]["test"] != curve["0"]["test"]
+
+
+def test_schedules_change_in_the_first_half():
+    ratios = {
+        name: [training.scheduled(training.METHODS[f"ratio 0.3, frozen, {name}"], t) for t in (0, 0.25, 0.5, 1)]
+        for name in ("rising", "falling")
+    }
+    assert ratios["rising"] == pytest.approx([0, 0.15, 0.3, 0.3])
+    assert ratios["falling"] == pytest.approx([0.3, 0.15, 0, 0])
+    assert training.scheduled(training.METHODS["lambda 1"], 0) is None
+
+
+def test_distillation_is_zero_for_the_similarities_themselves():
+    features = torch.randn(9, 5)
+    assert training.distillation(3 * features, features).abs() < 1e-6
+    rows = torch.randn(9, 4)
+    similarity = [torch.nn.functional.cosine_similarity(x[:, None], x, dim=2) / 0.1 for x in (rows, features)]
+    expected = 0.0
+    for i in range(9):
+        others = [j for j in range(9) if j != i]
+        student, teacher = (s[i, others].softmax(0) for s in similarity)
+        expected += float((teacher * (teacher / student).log()).sum()) / 9
+    assert float(training.distillation(rows, features)) == pytest.approx(expected, rel=1e-4)
+
+
+def main(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["evidence", *map(str, arguments)])
+    evidence.main()
+
+
+def test_the_whole_study_and_resuming(folder, monkeypatch, capsys):
+    images = folder / "images"
+    common = ["--datasets", "cub", "--losses", "SupCon", "--folder", folder / "runs", "--workers", 1]
+    with pytest.raises(ValueError, match="run length first"):
+        main(monkeypatch, "test", "--data", folder, *common)
+    main(monkeypatch, "length", "--data", folder, *common)
+    (folder / "runs" / "length.jsonl").write_text(
+        "".join(
+            json.dumps(row | {"curve": {s: {"validation": {"MAP@R": -int(s)}} for s in "0124"}}) + "\n"
+            for row in study.read("length", folder / "runs")
+        )
+    )
+    assert study.best_lengths(folder / "runs") == {("cub", "SupCon"): 1}
+    methods = ["--methods", "none", "ratio 0.3, frozen", "ratio 1.0, frozen"]
+    main(monkeypatch, "validate", "--data", folder, *common, *methods)
+    main(monkeypatch, "test", "--data", folder, *common, *methods, "--seeds", 1)
+    first = (folder / "runs" / "test.jsonl").read_text()
+    assert first.count("\n") == 3
+    main(monkeypatch, "test", "--data", folder, *common, *methods, "--seeds", 3)
+    text = (folder / "runs" / "test.jsonl").read_text()
+    assert text.startswith(first)
+    assert text.count("\n") == 9
+    assert "test" not in study.read("validate", folder / "runs")[0]["curve"]["4"]
+    main(monkeypatch, "report", "--folder", folder / "runs", "--images", images)
+    printed = capsys.readouterr().out
+    rows = study.read("test", folder / "runs")
+    scores = {(row["method"], row["seed"]): row["curve"]["4"]["test"]["H-AP"] for row in rows}
+    gains = [scores["ratio 0.3, frozen", seed] - scores["none", seed] for seed in range(3)]
+    interval = stats.ttest_rel(*([scores[m, s] for s in range(3)] for m in ("ratio 0.3, frozen", "none")))
+    low, high = interval.confidence_interval(0.95)
+    lines = (folder / "runs" / "test.csv").read_text().splitlines()
+    (line,) = (x for x in lines if x.startswith('4 times,cub,SupCon,"ratio 0.3, frozen",H-AP'))
+    mean, half, seeds = (float(x) for x in line.split(",")[-3:])
+    assert (mean, half, seeds) == pytest.approx((np.mean(gains), (high - low) / 2, 3), abs=2e-3)
+    assert "| ratio 0.3, frozen | 4 times |" in printed
+    assert "| none, stopped early |" in printed
+    assert (images / "gain.png").stat().st_size > 5000
+
+
+def test_up_and_down_are_beyond_the_interval():
+    difference = report.paired([1.0, 1.2, 0.8])
+    assert (difference.is_up, difference.is_down) == (True, False)
+    assert (report.paired([-1.0, -1.2, -0.8]).is_down, report.paired([1.0, -1.2]).is_up) == (True, False)
+    assert not report.paired([5.0]).is_up
+    assert str(difference) == "+1.0 ± 0.5"

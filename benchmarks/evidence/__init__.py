@@ -1,1 +1,0 @@
-"""Does HIER help, where, and with which settings? See ``python -m benchmarks.evidence --help``."""

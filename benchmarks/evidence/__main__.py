@@ -1,68 +1,50 @@
-"""Does HIER help, where, and with which settings? Studies of many training runs, and the tables made of them.
+"""Does HIER help beside five base losses on frozen features, at which ratio, and at which length of training?
 
-    python -m benchmarks.evidence base --data PATH          # learning rates of base losses
-    python -m benchmarks.evidence sweep --data PATH         # settings of the faithful method
-    python -m benchmarks.evidence candidates --data PATH    # changes to the method
-    python -m benchmarks.evidence combinations --data PATH  # the best change, with others, one seed
-    python -m benchmarks.evidence finalists --data PATH     # the best of these
-    python -m benchmarks.evidence test --data PATH          # what was chosen, on test classes, 10 seeds
-    python -m benchmarks.evidence report                    # tables and plots of all of them, from the files
+    python -m benchmarks.evidence length --data PATH     # the base losses alone, up to 3,200 steps
+    python -m benchmarks.evidence validate --data PATH   # methods, on validation classes
+    python -m benchmarks.evidence test --data PATH       # methods, on test classes, 10 seeds
+    python -m benchmarks.evidence report                 # the table, the picture and the CSV of all runs so far
 
-Only ``test`` touches test classes; the others choose among validation classes, split from the training classes.
-A study that was stopped goes on where it was. The runs are in benchmarks/results/evidence, one line each.
+Classes are split at random for each seed: a third for training, a sixth for validation, half for testing. Only
+``test`` scores test classes, with seeds of its own. ``length`` finds the number of steps at which each
+base loss alone has the best MAP@R among validation classes; the others train four times as long and score on the
+way. A study that was stopped goes on where it was. Runs are in benchmarks/results/evidence, one line each.
 
-Data: scikit-learn's digits and a synthetic tree need no file. The folder ``--data`` has trec_questions.npz, the
-questions of TREC (50 classes in 6 superclasses; Li and Roth 2002, in NLTK's corpus "qc") as embedded by
-all-MiniLM-L6-v2, with arrays ``embeddings`` and ``label`` ("COARSE:fine"); and omniglot_small1.zip, which is
-python/images_background_small1.zip of github.com/brendenlake/omniglot (136 characters of 5 alphabets).
+The folder ``--data`` has frozen ImageNet features of EfficientNet-Lite0: cub200_2010_features.npz (CUB-200, 2010
+release: ``features``, ``label``, ``family``), fashion_features.npz (Fashion Product Images, small: ``features``,
+``label``, ``sub``, ``master``) and grocery_features.npz (Grocery Store: ``features``, ``label``, ``coarse``,
+``department``).
 """
 
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
-from . import tables
-from .data import DATASETS
-from .settings import FAITHFUL
-from .studies import FOLDER, SEEDS, perform, read
-
-IMAGES = Path(__file__).parents[2] / "docs" / "images" / "evidence"
+from . import report, study
+from .data import TABLES
+from .training import LOSSES, METHODS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.evidence", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("study", choices=[*SEEDS, "report"])
-    parser.add_argument("--data", type=Path, help="folder with trec_questions.npz and omniglot_small1.zip")
-    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS))
-    parser.add_argument("--seeds", type=int, help="how many (default: 3, in combinations 1, in test 10)")
+    parser.add_argument("what", choices=[*study.SEEDS, "report"])
+    parser.add_argument("--data", type=Path, help="folder with the tables of features")
+    parser.add_argument("--datasets", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, help="how many (default: 3; test: 10)")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (default: 2)")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the runs are kept")
-    parser.add_argument("--images", type=Path, default=IMAGES, help="where report puts the plots")
+    parser.add_argument("--folder", type=Path, default=study.FOLDER, help="where the runs are kept")
+    parser.add_argument("--images", type=Path, default=report.IMAGES, help="where report puts the picture")
     args = parser.parse_args()
-    if args.study == "report":
-        report(args.folder, args.images)
+    if args.what == "report":
+        report.write(args.folder, args.images)
         return
-    if args.data is None and {"trec", "omniglot"} & set(args.datasets):
-        parser.error("trec and omniglot need --data PATH; without it, say --datasets digits synthetic")
-    perform(args.study, args.datasets, args.data, args.workers, args.seeds, args.folder)
-
-
-def report(folder: Path, images: Path) -> None:
-    """Print every table and write every plot."""
-    images.mkdir(parents=True, exist_ok=True)
-    studies = {study: read(study, folder) for study in SEEDS}
-    for study, rows in studies.items():
-        print(
-            f"\n## {study}: {len(rows)} runs, {sum(row['seconds'] for row in rows) / 60:.0f} minutes of one core\n"
-        )
-        for title, table in tables.of_study(study, rows):
-            print(f"**{title}**\n\n{table}")
-    for name, figure in tables.figures(studies, FAITHFUL):
-        figure.savefig(images / f"{name}.png", dpi=110)
-        Console(stderr=True).print(f"wrote {images / name}.png", highlight=False)
+    if args.data is None:
+        parser.error(f"{args.what} needs --data PATH, the folder with the tables of features")
+    todo = study.runs(args.what, args.datasets, args.losses, args.methods, args.seeds, args.folder)
+    study.perform(args.what, todo, args.data, args.workers, args.folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,188 @@
+"""What the runs say: one table, one picture, and all differences as CSV."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from . import study
+from .training import METHODS, SCORES
+
+matplotlib.use("Agg")
+
+__all__ = ["IMAGES", "Difference", "choose", "differences", "paired", "write"]
+
+IMAGES = Path(__file__).parents[2] / "docs" / "images" / "evidence"
+Row = dict[str, Any]
+Scores = dict[str, float]
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences, with the half width of its 95% confidence interval."""
+
+    mean: float
+    half_width: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} ± {self.half_width:.1f}"
+
+    @property
+    def is_up(self) -> bool:
+        return self.mean > self.half_width
+
+    @property
+    def is_down(self) -> bool:
+        return -self.mean > self.half_width
+
+
+def paired(values: Sequence[float]) -> Difference:
+    """The mean of differences and its interval, from Student's t distribution."""
+    count = len(values)
+    half = stats.t.ppf(0.975, count - 1) * stats.sem(values) if count > 1 else np.inf
+    return Difference(float(np.mean(values)), float(half), count)
+
+
+def differences(rows: list[Row], part: str, at: Callable[[Row], Scores]) -> dict[tuple[str, ...], Difference]:
+    """Of each method to the base loss alone, by data set, loss, method and score; ``at`` picks from a curve."""
+    by_seed: dict[tuple[str, str, str], dict[int, Scores]] = defaultdict(dict)
+    for row in rows:
+        by_seed[row["dataset"], row["loss"], row["method"]][row["seed"]] = at(row)[part]  # type: ignore[index]
+    found = {}
+    for (dataset, loss, method), own in by_seed.items():
+        alone = by_seed.get((dataset, loss, "none"), {})
+        seeds = sorted(own.keys() & alone.keys())
+        for score in SCORES if seeds else ():
+            found[dataset, loss, method, score] = paired([own[s][score] - alone[s][score] for s in seeds])
+    return found
+
+
+def lengths_of(rows: list[Row], lengths: dict[tuple[str, str], int]) -> dict[str, Callable[[Row], Any]]:
+    """The two lengths of training that are compared: the best one of the base loss alone, and the whole run."""
+
+    def best(row: Row) -> Any:
+        return row["curve"][str(lengths[row["dataset"], row["loss"]])]
+
+    def whole(row: Row) -> Any:
+        return row["curve"][str(row["steps"])]
+
+    return {"best length": best, "4 times": whole}
+
+
+def choose(rows: list[Row], lengths: dict[tuple[str, str], int]) -> dict[str, float]:
+    """Each method's mean gain on validation classes, over cells, scores and both lengths of training."""
+    gains: dict[str, list[float]] = defaultdict(list)
+    for at in lengths_of(rows, lengths).values():
+        for (_, _, method, _), difference in differences(rows, "validation", at).items():
+            gains[method].append(difference.mean)
+    return {method: float(np.mean(values)) for method, values in gains.items() if method != "none"}
+
+
+def table(rows: list[Row], part: str, lengths: dict[tuple[str, str], int]) -> str:
+    """Mean gain over all cells for each method, length and score, and how many cells are up and down."""
+    lines = [f"| method | length | {' | '.join(SCORES)} |", "| --- | --- |" + " --- |" * len(SCORES)]
+    for name, at in lengths_of(rows, lengths).items():
+        found = differences(rows, part, at)
+        for method in METHODS:
+            cells = []
+            for score in SCORES:
+                own = [d for key, d in found.items() if key[2:] == (method, score)]
+                if own and method != "none":
+                    up, down = sum(d.is_up for d in own), sum(d.is_down for d in own)
+                    cells.append(f"{np.mean([d.mean for d in own]):+.2f} ({up} up, {down} down of {len(own)})")
+            if cells:
+                lines.append(f"| {method} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def without_training_longer(rows: list[Row], lengths: dict[tuple[str, str], int]) -> str:
+    """What a user can do without HIER: the frozen features' head as it is, and early stopping on validation."""
+
+    def stopped(row: Row) -> Any:
+        return max(row["curve"].values(), key=lambda scores: scores["validation"]["MAP@R"])
+
+    options: dict[str, Callable[[Row], Any]] = {
+        "not trained": lambda row: row["curve"]["0"],
+        "stopped early": stopped,
+    } | lengths_of(rows, lengths)
+    lines = [f"| method | {' | '.join(SCORES)} |", "| --- |" + " --- |" * len(SCORES)]
+    for method in METHODS:
+        own = [row for row in rows if row["method"] == method]
+        for option, at in options.items():
+            if own and (method == "none" or option != "not trained"):
+                means = (np.mean([at(row)["test"][score] for row in own]) for score in SCORES)
+                lines.append(f"| {method}, {option} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+    return "\n".join(lines)
+
+
+def figure(rows: list[Row], shown: Sequence[str], lengths: dict[tuple[str, str], int]) -> Figure:
+    """Gain over the base loss by length of training, relative to the best one of the base loss."""
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    picture = Figure(figsize=(11, 2.6 * len(datasets)), layout="constrained")
+    axes = picture.subplots(len(datasets), len(SCORES), squeeze=False, sharex=True)
+    multiples = (1, 2, 4)
+    for line, dataset in enumerate(datasets):
+        own = [row for row in rows if row["dataset"] == dataset]
+        for column, score in enumerate(SCORES):
+            ax = axes[line, column]
+            ax.axhline(0, color="#999999", lw=0.8)
+            for color, method in zip(("#332288", "#CC6677", "#117733", "#DDAA33"), shown, strict=False):
+                points = []
+                for multiple in multiples:
+
+                    def at(row: Row, multiple: int = multiple) -> Any:
+                        return row["curve"][str(multiple * lengths[row["dataset"], row["loss"]])]
+
+                    # One value for each seed: the mean over the base losses.
+                    by_seed: dict[int, list[float]] = defaultdict(list)
+                    alone = {(r["loss"], r["seed"]): at(r)["test"][score] for r in own if r["method"] == "none"}
+                    for row in own:
+                        if row["method"] == method and (row["loss"], row["seed"]) in alone:
+                            by_seed[row["seed"]].append(at(row)["test"][score] - alone[row["loss"], row["seed"]])
+                    points.append(paired([float(np.mean(values)) for values in by_seed.values()] or [np.nan]))
+                means, halves = [p.mean for p in points], [p.half_width for p in points]
+                ax.errorbar(range(len(multiples)), means, halves, color=color, lw=1.6, capsize=2, label=method)
+            ax.set_xticks(range(len(multiples)), [f"×{multiple}" for multiple in multiples])
+            ax.spines[["top", "right"]].set_visible(False)
+            if line == 0:
+                ax.set_title(score, fontsize=10)
+            if column == 0:
+                ax.set_ylabel(f"{dataset}\npoints", fontsize=9)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    picture.supxlabel("length of training, relative to the best one of the base loss alone", fontsize=9)
+    return picture
+
+
+def write(folder: Path, images: Path) -> None:
+    """Print the tables; write the picture and the CSV."""
+    lengths = study.best_lengths(folder)
+    print("Best length of each base loss alone, on validation classes, in steps:\n")
+    for (dataset, loss), steps in sorted(lengths.items()):
+        print(f"- {dataset}, {loss}: {steps}")
+    chosen = choose(study.read("validate", folder), lengths)
+    print("\nMean gain on validation classes, in points, over cells, scores and both lengths:\n")
+    for method, gain in sorted(chosen.items(), key=lambda item: -item[1]):
+        print(f"- {method}: {gain:+.2f}")
+    rows = study.read("test", folder)
+    if not rows:
+        return
+    seeds = {method: len({row["seed"] for row in rows if row["method"] == method}) for method in METHODS}
+    print(f"\nTest classes; seeds: {seeds}\n\n{table(rows, 'test', lengths)}\n")
+    print(without_training_longer(rows, lengths))
+    with (folder / "test.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["length", "dataset", "loss", "method", "score", "difference", "half_width_95", "seeds"])
+        for name, at in lengths_of(rows, lengths).items():
+            for key, difference in sorted(differences(rows, "test", at).items()):
+                if key[2] != "none":
+                    values = [f"{difference.mean:.3f}", f"{difference.half_width:.3f}", difference.seeds]
+                    writer.writerow([name, *key, *values])
+    images.mkdir(parents=True, exist_ok=True)
+    shown = [m for m in ("lambda 1", "ratio 0.3", "ratio 0.3, frozen", "ratio 1.0, frozen") if m in seeds]
+    figure(rows, shown, lengths).savefig(images / "gain.png", dpi=110)
