@@ -12,7 +12,7 @@ import pytest
 import torch
 from pytorch_metric_learning import losses
 
-from hierloss import HIERLoss
+from hierloss import Hierarchy, HIERLoss
 
 with contextlib.suppress(ModuleNotFoundError):
     import torchvision_operators  # noqa: F401  (transformers imports torchvision where it is installed)
@@ -108,14 +108,38 @@ def test_pml_trainer(call, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_lightning_callback(tmp_path, monkeypatch):
+    """What it logs is what the loss has; the proxies start again from data after the first epoch alone."""
+    lightning = pytest.importorskip("lightning")
+    example = runpy.run_path(str(EXAMPLES / "lightning_module.py"))
+    module, callback = example["MetricLearner"](), example["HIERCallback"](tmp_path / "out", max_samples=50)
+    calls = []
+    monkeypatch.setattr(module.hier, "init_proxies", lambda embeddings: calls.append(embeddings.shape))
+    data = torch.utils.data.TensorDataset(torch.randn(90, 64), torch.arange(90) % 5)
+    loader = torch.utils.data.DataLoader(data, batch_size=45)
+    trainer = lightning.Trainer(
+        max_epochs=3, logger=False, enable_checkpointing=False, callbacks=[callback], num_sanity_val_steps=0
+    )
+    trainer.fit(module, loader, loader)
+    for name in example["STATISTICS"]:
+        assert float(trainer.callback_metrics[f"hier/{name}"]) == pytest.approx(getattr(module.hier, name))
+    assert module.hier.unscaled_gradient_ratio > 0
+    assert {"loss/base", "loss/hier"} <= set(trainer.callback_metrics)
+    assert calls == [(50, 64)]
+    assert Hierarchy.from_json((tmp_path / "out" / "tree.json").read_text()).num_leaves == 50
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lightning_module(call):
-    assert call("lightning_module.py", "--epochs", 2)["R@1"] > 90  # chance is 20
+    assert call("lightning_module.py", "--epochs", 2, "--output", "tree")["R@1"] > 90  # chance is 20
+    assert Hierarchy.from_json(Path("tree/tree.json").read_text()).num_leaves == 901
+    assert "plotly" in Path("tree/tree.html").read_text()
     module = runpy.run_path(str(EXAMPLES / "lightning_module.py"))["MetricLearner"]()
     optimized = [
         parameter for group in module.configure_optimizers().param_groups for parameter in group["params"]
     ]
     assert {id(parameter) for parameter in optimized} == {id(parameter) for parameter in module.parameters()}
-    assert any(parameter is module.loss_func.losses[1].proxies for parameter in optimized)
+    assert any(parameter is module.hier.proxies for parameter in optimized)
 
 
 def test_poincare_head(call):

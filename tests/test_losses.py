@@ -884,7 +884,11 @@ def test_stats():
     assert loss_func.num_triplets > len(info["sample_loss"]["losses"]) > 0
     assert 0 < loss_func.fraction_active < 1
     assert 1 < loss_func.num_ancestors <= P
+    assert loss_func.sample_loss == pytest.approx(float(info["sample_loss"]["losses"].mean()))
+    assert loss_func.proxy_loss == pytest.approx(float(info["proxy_loss"]["losses"]))
     assert set(loss_func._record_these_stats) == {
+        "sample_loss",
+        "proxy_loss",
         "num_triplets",
         "fraction_active",
         "num_ancestors",

@@ -86,8 +86,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     Attributes:
         proxies: the parameter, tangent vectors at the origin, shape ``(P, D)``.
-        num_triplets: triplets of embeddings and proxies. This and the following with ``collect_stats``, of the
+        sample_loss: mean loss of the triplets of embeddings. This and the following with ``collect_stats``, of the
             last batch.
+        proxy_loss: mean loss of the triplets of proxies.
+        num_triplets: triplets of embeddings and proxies.
         fraction_active: the share of them with a loss above 0.
         num_ancestors: how many different proxies were drawn as ancestors.
         fraction_clipped: the share of embeddings at the clip radius.
@@ -159,6 +161,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         )
         self.add_to_recordable_attributes(
             list_of_names=[
+                "sample_loss",
+                "proxy_loss",
                 "num_triplets",
                 "fraction_active",
                 "num_ancestors",
@@ -265,19 +269,16 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             # Without noise, the most probable ancestor is taken.
             noise=None if self.training else distances.new_zeros(()).expand(2, triplets.shape[1], len(ancestors)),
         )
-        self._set_stats(embeddings, losses, drawn, torch.cat([sample_valid, proxy_valid]))
         sample_losses, proxy_losses = losses.split([sample_triplets.shape[1], proxy_triplets.shape[1]])
+        sample_losses = _mean_is_over_valid(sample_losses, sample_valid)
+        proxy_loss = _mean_is_over_valid(proxy_losses, proxy_valid).mean()
+        if self.collect_stats:
+            self.sample_loss, self.proxy_loss = float(sample_losses.detach().mean()), float(proxy_loss.detach())
+            self._set_stats(embeddings, losses.detach(), drawn, torch.cat([sample_valid, proxy_valid]))
+        indices = tuple(sample_triplets)
         return {
-            "sample_loss": {
-                "losses": _mean_is_over_valid(sample_losses, sample_valid),
-                "indices": tuple(sample_triplets),
-                "reduction_type": "triplet",
-            },
-            "proxy_loss": {
-                "losses": _mean_is_over_valid(proxy_losses, proxy_valid).mean(),
-                "indices": None,
-                "reduction_type": "already_reduced",
-            },
+            "sample_loss": {"losses": sample_losses, "indices": indices, "reduction_type": "triplet"},
+            "proxy_loss": {"losses": proxy_loss, "indices": None, "reduction_type": "already_reduced"},
         }
 
     def _points(self, embeddings: Tensor) -> Tensor:
@@ -335,14 +336,12 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         return type(reducer) is MeanReducer
 
     def _set_stats(self, embeddings: Tensor, losses: Tensor, drawn: Tensor, valid: Tensor) -> None:
-        if self.collect_stats:
-            with torch.no_grad():
-                self.num_triplets = int(valid.sum())
-                self.fraction_active = float((losses[valid] > 0).float().mean()) if self.num_triplets else 0.0
-                self.num_ancestors = int(drawn[:, valid].unique().numel())
-                radius = self.distance.clip_radius
-                if self.distance.normalize_embeddings and radius is not None:
-                    self.fraction_clipped = float((embeddings.norm(dim=1) >= radius).float().mean())
+        self.num_triplets = int(valid.sum())
+        self.fraction_active = float((losses[valid] > 0).float().mean()) if self.num_triplets else 0.0
+        self.num_ancestors = int(drawn[:, valid].unique().numel())
+        radius = self.distance.clip_radius
+        if self.distance.normalize_embeddings and radius is not None:
+            self.fraction_clipped = float((embeddings.detach().norm(dim=1) >= radius).float().mean())
 
     # --- neighbours among other features --------------------------------------------------------------------
 
