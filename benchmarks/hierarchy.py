@@ -9,22 +9,25 @@ as embedded by all-MiniLM-L6-v2: ``trec_questions.npz``) and handwritten charact
 Salakhutdinov, Tenenbaum 2015: ``omniglot_small1.zip``, which is images_background_small1.zip of
 github.com/brendenlake/omniglot). Three models for each seed, from the same initial
 weights and batches: without HIER (its proxies are drawn from the data after training), with HIER and proxies
-started in random directions, and with HIER and proxies started at data (`initial_proxies`).
+in random directions at first, and with HIER and proxies initialized from data (`HIERLoss.init_proxies`).
 
-Trees: LCA linkage is `Hierarchy`; "nearest proxy" joins classes that have the same nearest proxy, and these
+Trees: minimax linkage is `Hierarchy`; "nearest proxy" joins classes that have the same nearest proxy, and these
 groups by average linkage of their proxies; average and Ward linkage are of the class means of the same
 embeddings. The table holds the mean over the seeds with its 95% confidence interval.
 """
 
 import argparse
+import io
 import platform
 import time
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytorch_metric_learning
 import torch
+from PIL import Image
 from pytorch_metric_learning import losses
 from scipy.cluster.hierarchy import linkage
 from scipy.stats import t as student
@@ -33,14 +36,38 @@ from tqdm import tqdm
 from trees import sample_tree
 
 import hierloss
-from benchmarks.evidence.data import load_omniglot, load_trec
-from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner, poincare
-from hierloss.hierarchy import Hierarchy, initial_proxies
+from hierloss import HIERLoss, ReciprocalNeighborMiner, poincare
+from hierloss.hierarchy import Hierarchy
 from hierloss.metrics import dendrogram_purity
 
 STARTS = ("no HIER", "random start", "data start")
 SUBSET = 1000
 """Samples that proxies are started from."""
+
+
+def load_trec(folder: Path) -> tuple[Tensor, Tensor]:
+    """Features and labels (fine, coarse) of the TREC questions."""
+    with np.load(folder / "trec_questions.npz", allow_pickle=True) as file:
+        features, names = torch.from_numpy(file["embeddings"].astype(np.float32)), file["label"]
+    return features, _numbered(names, [name.split(":")[0] for name in names])
+
+
+def load_omniglot(folder: Path) -> tuple[Tensor, Tensor]:
+    """Images of 28 x 28 and labels (character, alphabet)."""
+    images, alphabets, characters = [], [], []
+    with zipfile.ZipFile(folder / "omniglot_small1.zip") as archive:
+        for name in sorted(n for n in archive.namelist() if n.endswith(".png") and "__MACOSX" not in n):
+            *_, alphabet, character, _ = name.split("/")
+            image = Image.open(io.BytesIO(archive.read(name))).convert("L").resize((28, 28), Image.Resampling.BOX)
+            images.append(1 - np.asarray(image, np.float32) / 255)
+            alphabets.append(alphabet)
+            characters.append(f"{alphabet}/{character}")
+    return torch.from_numpy(np.stack(images)).unsqueeze(1), _numbered(characters, alphabets)
+
+
+def _numbered(*levels: "list[str] | np.ndarray") -> Tensor:
+    """Names as numbers, in alphabetical order."""
+    return torch.from_numpy(np.stack([np.unique(names, return_inverse=True)[1] for names in levels], 1))
 
 
 def trunk(features: Tensor) -> torch.nn.Module:
@@ -56,8 +83,8 @@ def trunk(features: Tensor) -> torch.nn.Module:
 
 def train(
     features: Tensor, labels: Tensor, start: str, seed: int, options: argparse.Namespace
-) -> tuple[Tensor, Tensor, PoincareDistance]:
-    """Train on flat labels. Returns all embeddings, the proxies, and the distance."""
+) -> tuple[Tensor, HIERLoss]:
+    """Train on flat labels. Returns all embeddings, and the loss."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     head = torch.nn.Linear(128, options.dim)
@@ -72,7 +99,7 @@ def train(
     def start_from_data() -> None:
         with torch.no_grad():
             subset = features[torch.randperm(len(features), generator=generator)[:SUBSET]]
-            hier.proxies.copy_(initial_proxies(model(subset), options.proxies, hier.distance, generator))
+            hier.init_proxies(model(subset))
 
     optimizer = torch.optim.Adam(
         [
@@ -95,18 +122,19 @@ def train(
     if start == "no HIER":
         start_from_data()
     with torch.no_grad():
-        return model(features), hier.proxies.detach(), hier.distance
+        return model(features), hier
 
 
-def trees(embeddings: Tensor, proxies: Tensor, distance: PoincareDistance, labels: Tensor, seed: int):
+def trees(embeddings: Tensor, hier: HIERLoss, labels: Tensor, seed: int) -> dict[str, Hierarchy]:
     """All trees over the classes, by name."""
     classes = int(labels.max()) + 1
-    clipped = poincare.clip_norm(embeddings, distance.clip_radius)
+    clipped = poincare.clip_norm(embeddings, hier.distance.clip_radius)
     means = torch.stack([clipped[labels == k].mean(0) for k in range(classes)])
     chance = torch.Generator().manual_seed(seed)
-    nearest = distance(means, proxies).argmin(1)
+    nearest = hier.proxy_distances(means).argmin(1)
+    proxies = hier.proxies.detach()
     return {
-        "LCA linkage": Hierarchy.from_embeddings(embeddings, proxies, distance, labels, per_class=True),
+        "minimax linkage": hier.hierarchy(embeddings, labels, per_class=True),
         "nearest proxy": Hierarchy.from_linkage(linkage(proxies[nearest].double().numpy(), "average")),
         "average linkage": Hierarchy.from_linkage(linkage(means.double().numpy(), "average")),
         "Ward linkage": Hierarchy.from_linkage(linkage(means.double().numpy(), "ward")),
@@ -148,8 +176,8 @@ def main() -> None:
         labels = taxonomy[:, 0]
         upper = torch.stack([taxonomy[labels == k][0, 1:] for k in range(int(labels.max()) + 1)])
         for start in STARTS:
-            embeddings, proxies, distance = train(features, labels, start, seed, options)
-            for kind, tree in trees(embeddings, proxies, distance, labels, seed).items():
+            embeddings, hier = train(features, labels, start, seed, options)
+            for kind, tree in trees(embeddings, hier, labels, seed).items():
                 for level, of_level in enumerate(upper.T, 1):
                     scores[name, f"level {level}", kind, start].append(dendrogram_purity(tree, of_level))
 
@@ -162,15 +190,15 @@ def main() -> None:
             for kind in dict.fromkeys(key[2] for key in scores):
                 cells = [interval(scores[name, level, kind, start]) for start in STARTS]
                 print(f"| {kind} | " + " | ".join(cells) + " |")
-            ours = np.array(scores[name, level, "LCA linkage", "data start"])
+            ours = np.array(scores[name, level, "minimax linkage", "data start"])
             for kind, start in [
-                ("LCA linkage", "random start"),
-                ("LCA linkage", "no HIER"),
+                ("minimax linkage", "random start"),
+                ("minimax linkage", "no HIER"),
                 ("average linkage", "data start"),
                 ("Ward linkage", "data start"),
             ]:
                 difference = interval(list(ours - np.array(scores[name, level, kind, start])))
-                print(f"paired, LCA linkage with data start less {kind}, {start}: {difference}")
+                print(f"paired, minimax linkage with data start less {kind}, {start}: {difference}")
     print(
         f"\n{time.perf_counter() - began:.0f} s on {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads; torch {torch.__version__}, "

@@ -6,6 +6,7 @@ same embeddings by other methods, and written as pictures and as a page to pan, 
 """
 
 import argparse
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from hierloss import Hierarchy, HIERLoss
 from hierloss.metrics import ami_per_level, dendrogram_purity
+from hierloss.plotting import plot_dendrogram, plot_disk, write_html
 
 EMBEDDING_SIZE = 64
 
@@ -46,12 +48,12 @@ def main() -> None:
     tree = hier.hierarchy(embeddings, labels)
 
     points = embeddings.numpy()
-    random_proxies = hier.proxies.detach()[:, torch.randperm(EMBEDDING_SIZE)]
+    shuffled_hier = copy.deepcopy(hier)
+    with torch.no_grad():
+        shuffled_hier.proxies.copy_(hier.proxies[:, torch.randperm(EMBEDDING_SIZE)])
     trees = {
         "HIER, learned proxies": tree,
-        "HIER, proxies with coordinates shuffled": Hierarchy.from_embeddings(
-            embeddings, random_proxies, hier.distance
-        ),
+        "HIER, proxies with coordinates shuffled": shuffled_hier.hierarchy(embeddings),
         "average linkage of the embeddings": Hierarchy.from_linkage(linkage(points, "average")),
         "Ward linkage of the embeddings": Hierarchy.from_linkage(linkage(points, "ward")),
     }
@@ -65,10 +67,10 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     pictures = np.repeat(np.repeat(1 - images[chosen].squeeze(1).numpy(), 4, 1), 4, 2)
     names = {digit: f"digit {digit}" for digit in range(10)}
-    for kind in ("disk", "dendrogram"):
-        tree.plot(kind, labels=labels, class_names=names, images=pictures)
+    for kind, plot in {"disk": plot_disk, "dendrogram": plot_dendrogram}.items():
+        plot(tree, labels=labels, class_names=names, images=pictures)
         plt.savefig(args.output / f"{kind}.png", dpi=110, bbox_inches="tight")
-    tree.to_html(args.output / "hierarchy.html", labels=labels, class_names=names, images=pictures)
+    write_html(tree, args.output / "hierarchy.html", labels=labels, class_names=names, images=pictures)
     print(f"Wrote disk.png, dendrogram.png and hierarchy.html to {args.output}")
 
 

@@ -189,7 +189,7 @@ def test_the_study_runs(data_folder):
     assert done.returncode == 0, done.stderr
     for name in ("synthetic, level 2", "TREC, level 1", "Omniglot, level 1"):
         assert f"{name} above the classes" in done.stdout
-    assert done.stdout.count("| LCA linkage |") == 4
+    assert done.stdout.count("| minimax linkage |") == 4
 
 
 @pytest.mark.slow

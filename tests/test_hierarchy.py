@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,14 +15,14 @@ from scipy.cluster.hierarchy import cophenet, dendrogram, linkage
 from trees import sample_tree
 
 from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner
-from hierloss.hierarchy import Hierarchy, initial_proxies
+from hierloss.hierarchy import Hierarchy
 from hierloss.metrics import dendrogram_purity
 
 # --- brute force --------------------------------------------------------------------------------------------
 
 
 def greedy(distances):
-    """LCA linkage, word by word: all pairs of clusters, all proxies. Returns [(leaf set, height, proxy)]."""
+    """Minimax linkage word by word: all pairs of clusters, all proxies. Returns [(leaf set, height, proxy)]."""
     clusters = [frozenset([i]) for i in range(len(distances))]
     merges = []
     while len(clusters) > 1:
@@ -95,45 +94,18 @@ def test_class_leaf_is_at_the_mean_distance_of_its_samples():
     distances = random_distances(40, 6, 0)
     labels = torch.arange(40) % 5 * 10
     tree = Hierarchy.from_distances(distances, labels, per_class=True)
-    means = torch.stack([distances[labels == label].double().mean(0).float() for label in labels.unique()])
+    means = torch.stack([distances[labels == label].double().mean(0) for label in labels.unique()])
     assert as_sets(tree) == set(greedy(means.tolist()))
     assert tree.leaf_labels.tolist() == [0, 10, 20, 30, 40]
     np.testing.assert_array_equal(tree.proxies[:5], means.argmin(1))
-
-
-def test_from_embeddings_uses_the_distance_given(monkeypatch):
-    generator = torch.Generator().manual_seed(1)
-    embeddings = torch.randn(30, 4, generator=generator)
-    proxies = torch.randn(6, 4, generator=generator)
-    labels = np.array(list("abcdef"))[np.arange(30) % 6]
-    distance = PoincareDistance(c=1.0, clip_radius=1.5)
-    expected = Hierarchy.from_distances(distance(embeddings, proxies), labels)
-    assert Hierarchy.from_embeddings(embeddings, proxies, distance, labels) == expected
-    assert Hierarchy.from_embeddings(embeddings, proxies, labels=labels) != expected
-    monkeypatch.setattr("hierloss.hierarchy._CHUNK_ROWS", 7)
-    per_class = Hierarchy.from_embeddings(embeddings, proxies, distance, labels, per_class=True)
-    assert per_class == Hierarchy.from_distances(distance(embeddings, proxies), labels, per_class=True)
-    assert per_class.leaf_labels.tolist() == list("abcdef")
-
-
-def test_points_on_the_ball_are_not_mapped_again():
-    generator = torch.Generator().manual_seed(1)
-    embeddings, proxies = torch.randn(30, 4, generator=generator), torch.randn(6, 4, generator=generator)
-    distance = PoincareDistance()
-    on_ball = PoincareDistance(normalize_embeddings=False)
-    assert Hierarchy.from_embeddings(distance.normalize(embeddings), proxies, on_ball) == (
-        Hierarchy.from_embeddings(embeddings, proxies, distance)
-    )
 
 
 def test_large():
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(4000, 16, generator=generator) / 4
     proxies = torch.randn(200, 16, generator=generator) / 4
-    start = time.perf_counter()
-    tree = Hierarchy.from_embeddings(embeddings, proxies)
-    assert time.perf_counter() - start < 5
     distances = PoincareDistance()(embeddings, proxies).double()
+    tree = Hierarchy.from_distances(distances)
     for node in range(tree.num_leaves, tree.num_nodes, 97):
         farthest = distances[tree.leaves(node)].amax(0)
         assert float(farthest.min()) == pytest.approx(tree.heights[node], abs=1e-5)
@@ -190,7 +162,7 @@ def test_cut(tree):
         assert len(set(binary.cut(num_groups).tolist())) == num_groups
 
 
-def test_nearest_ancestor():
+def test_lowest_containing_node():
     distances = torch.tensor([[1.0, 9.0, 4.0], [2.0, 9.0, 4.0], [9.0, 1.0, 4.0], [9.0, 3.0, 4.0]])
     tree = Hierarchy.from_distances(distances)
     assert as_sets(tree) == {
@@ -199,11 +171,20 @@ def test_nearest_ancestor():
         (frozenset(range(4)), 4.0, 2),
     }
     new = torch.tensor([[2.0, 9.0, 4.0], [2.1, 2.9, 9.0], [1.0, 0.5, 9.0], [3.0, 4.0, 3.9], [8.0, 8.0, 8.0]])
-    assert tree.nearest_ancestor(new).tolist() == [4, 5, 4, 6, 6]
+    assert tree.lowest_containing_node(new).tolist() == [4, 5, 4, 6, 6]
     # Those it was built from are below their own ancestors.
     tree = Hierarchy.from_distances(distances := random_distances(50, 6, 5))
-    for leaf, node in enumerate(tree.nearest_ancestor(distances)):
+    for leaf, node in enumerate(tree.lowest_containing_node(distances)):
         assert tree.heights[node] <= tree.heights[tree.parents[leaf]]
+
+
+@pytest.mark.parametrize("built", [torch.float32, torch.float64])
+@pytest.mark.parametrize("asked", [torch.float32, torch.float64])
+def test_leaves_are_contained_by_their_parents_in_either_precision(built, asked):
+    distances = random_distances(300, 12, 5).double() * (1 + 1e-9)
+    tree = Hierarchy.from_distances(distances.to(built))
+    nodes = tree.lowest_containing_node(distances.to(asked))
+    assert (tree.heights[nodes] <= tree.heights[tree.parents[:300]]).all()
 
 
 def test_immutable(tree):
@@ -290,6 +271,11 @@ def test_json(tree):
     assert Hierarchy.from_json(random.to_json()) == random
     with pytest.raises(ValueError, match="fields"):
         Hierarchy.from_json("{}")
+    for name in ("parents", "proxies"):
+        fields = json.loads(labelled.to_json())
+        fields[name][1] += 0.7
+        with pytest.raises(ValueError, match=rf"{name} must be whole numbers, got \d\.7"):
+            Hierarchy.from_json(json.dumps(fields))
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -316,20 +302,6 @@ GOOD = torch.rand(6, 3)
 def test_bad_input(distances, kwargs, error, message):
     with pytest.raises(error, match=message):
         Hierarchy.from_distances(distances, **kwargs)
-
-
-def test_bad_embeddings():
-    good = torch.rand(6, 3)
-    with pytest.raises(ValueError, match=r"proxies must have 3 columns.*\(4, 2\)"):
-        Hierarchy.from_embeddings(good, good[:4, :2])
-    with pytest.raises(ValueError, match="embeddings must have shape"):
-        Hierarchy.from_embeddings(good[0], good)
-    with pytest.raises(ValueError, match="finite"):
-        Hierarchy.from_embeddings(good / 0 * 0, good)
-    # A million rows cost nothing here: they are refused before any distance is computed.
-    million = torch.zeros(1, 3).expand(1_000_000, 3)
-    with pytest.raises(ValueError, match="at most 50000 leaves with 512 proxies, got 1000000 samples"):
-        Hierarchy.from_embeddings(million, torch.zeros(512, 3))
 
 
 @pytest.mark.parametrize(
@@ -361,24 +333,26 @@ def test_bad_queries(tree):
     with pytest.raises(ValueError, match="names must be 5"):
         tree.to_newick(["a"])
     with pytest.raises(ValueError, match="more than 2, got shape"):
-        tree.nearest_ancestor(torch.zeros(4, 2))
+        tree.lowest_containing_node(torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="distances must not be NaN"):
+        tree.lowest_containing_node(torch.full((2, 3), math.nan))
     with pytest.raises(ValueError, match="no proxies"):
-        Hierarchy.from_linkage(tree.to_linkage()).nearest_ancestor(torch.zeros(4, 2))
+        Hierarchy.from_linkage(tree.to_linkage()).lowest_containing_node(torch.zeros(4, 2))
     with pytest.raises(ValueError, match="do not decrease"):
         Hierarchy.from_linkage(np.array([[0, 1, 2.0, 2], [2, 3, 1.0, 3]]))
 
 
 def test_import_needs_no_optional_package():
-    blocked = "import sys; sys.modules.update(matplotlib=None, plotly=None); import hierloss.hierarchy"
+    blocked = "import sys; sys.modules.update(matplotlib=None, plotly=None, networkx=None); import hierloss"
     assert subprocess.run([sys.executable, "-c", blocked], capture_output=True).returncode == 0
-    loaded = "import hierloss.hierarchy, sys; print({'matplotlib', 'plotly'} & set(sys.modules))"
+    loaded = "import hierloss, sys; print({'matplotlib', 'plotly', 'hierloss.plotting'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True).stdout == b"set()\n"
 
 
 # --- the whole way: from a known tree, through training, and back -------------------------------------------
 
 
-def trained_tree(start, seed):
+def trained_tree(start, seed, gradient_ratio=None):
     """Train a small network on flat labels; the tree of its classes, and the upper levels of each class."""
     features, taxonomy = sample_tree(torch.Generator().manual_seed(seed))
     labels = taxonomy[:, 0]
@@ -389,7 +363,8 @@ def trained_tree(start, seed):
     norm = torch.nn.LayerNorm(128, elementwise_affine=False)
     model = torch.nn.Sequential(torch.nn.Linear(32, 128), torch.nn.ReLU(), norm, head)
     base = losses.ProxyAnchorLoss(36, 32)
-    hier = HIERLoss(256, 32, miner=ReciprocalNeighborMiner(triplets_per_anchor=10))
+    miner = ReciprocalNeighborMiner(triplets_per_anchor=10)
+    hier = HIERLoss(256, 32, miner=miner, gradient_ratio=gradient_ratio)
     optimizer = torch.optim.Adam(
         [
             {"params": model.parameters(), "lr": 1e-4},
@@ -407,7 +382,7 @@ def trained_tree(start, seed):
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        tree = Hierarchy.from_embeddings(model(features), hier.proxies, hier.distance, labels, per_class=True)
+        tree = hier.hierarchy(model(features), labels, per_class=True)
     return tree, upper
 
 
@@ -425,15 +400,38 @@ def test_random_start_is_worse():
     assert dendrogram_purity(tree, upper[:, 0]) < 0.9
 
 
-# --- where proxies start ------------------------------------------------------------------------------------
+# --- methods of the loss ------------------------------------------------------------------------------------
 
 
-def test_initial_proxies_are_data_drawn_towards_the_origin():
-    generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(200, 5, generator=generator)
-    distance = PoincareDistance(clip_radius=1.5)
-    proxies = initial_proxies(embeddings, 500, distance, torch.Generator().manual_seed(1))
-    assert proxies.shape == (500, 5)
+def test_the_hierarchy_of_a_loss_is_that_of_its_proxies_and_distance():
+    generator = torch.Generator().manual_seed(1)
+    embeddings, labels = torch.randn(30, 4, generator=generator), torch.arange(30) % 6
+    distance = PoincareDistance(c=1.0, clip_radius=1.5)
+    loss_func = HIERLoss(8, 4, distance=distance)
+    distances = loss_func.proxy_distances(embeddings).detach()
+    of_samples, of_classes = (
+        Hierarchy.from_distances(distances, labels, per_class=per_class) for per_class in (False, True)
+    )
+    assert of_samples != of_classes
+    assert loss_func.hierarchy(embeddings, labels) == of_samples
+    assert loss_func.hierarchy(embeddings, labels, per_class=True) == of_classes
+    assert loss_func.hierarchy(embeddings) == Hierarchy.from_distances(distances) != of_samples
+    with pytest.raises(ValueError, match=r"embeddings must have 4 columns, .* got shape \(30, 3\)"):
+        loss_func.hierarchy(embeddings[:, :3])
+    with pytest.raises(RuntimeError, match=r"HIERLoss has no proxies before its first batch; .* a state_dict"):
+        HIERLoss(8).hierarchy(embeddings)
+
+
+@pytest.mark.parametrize("on_ball", [False, True])
+def test_init_proxies_draws_data_towards_the_origin(on_ball):
+    """Each embedding is drawn as often as any other, and its clipped norm times a uniform factor is left."""
+    embeddings = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
+    distance = PoincareDistance(clip_radius=1.5, normalize_embeddings=not on_ball)
+    given = PoincareDistance(clip_radius=None).normalize(embeddings).float() if on_ball else embeddings
+    loss_func = HIERLoss(500, 5, distance=distance)
+    torch.manual_seed(1)
+    loss_func.init_proxies(given)
+    proxies = loss_func.proxies.detach()
     cosines = torch.nn.functional.normalize(proxies) @ torch.nn.functional.normalize(embeddings).T
     nearest = cosines.max(1)
     torch.testing.assert_close(nearest.values, torch.ones(500))
@@ -443,58 +441,22 @@ def test_initial_proxies_are_data_drawn_towards_the_origin():
     shares = (proxies.norm(dim=1) / clipped).sort().values
     uniform = (torch.arange(500) + 0.5) / 500
     assert float((shares - uniform).abs().max()) < 1.63 / 500**0.5  # Kolmogorov-Smirnov, 1%
-    again = initial_proxies(embeddings, 500, distance, torch.Generator().manual_seed(1))
-    assert torch.equal(proxies, again)
-    on_ball = PoincareDistance(clip_radius=1.5, normalize_embeddings=False)
-    same = initial_proxies(distance.normalize(embeddings).float(), 500, on_ball, torch.Generator().manual_seed(1))
-    torch.testing.assert_close(same, proxies)
-
-
-def test_initial_proxies_errors():
-    with pytest.raises(ValueError, match="embeddings must be finite"):
-        initial_proxies(torch.full((2, 3), math.nan), 4)
-    with pytest.raises(ValueError, match="embeddings must have at least one row"):
-        initial_proxies(torch.zeros(0, 3), 4)
-    with pytest.raises(ValueError, match="num_proxies must be at least 1"):
-        initial_proxies(torch.zeros(2, 3), 0)
-
-
-# --- methods of the loss ------------------------------------------------------------------------------------
-
-
-def test_the_hierarchy_of_a_loss_is_that_of_its_proxies_and_distance():
-    generator = torch.Generator().manual_seed(1)
-    embeddings, labels = torch.randn(30, 4, generator=generator), torch.arange(30) % 6
-    distance = PoincareDistance(c=1.0, clip_radius=1.5)
-    loss_func = HIERLoss(8, 4, distance=distance)
-    of_samples, of_classes = (
-        Hierarchy.from_embeddings(embeddings, loss_func.proxies, distance, labels, per_class=per_class)
-        for per_class in (False, True)
-    )
-    assert of_samples != of_classes
-    assert loss_func.hierarchy(embeddings, labels) == of_samples
-    assert loss_func.hierarchy(embeddings, labels, per_class=True) == of_classes
-    unlabelled = loss_func.hierarchy(embeddings)
-    assert unlabelled == Hierarchy.from_embeddings(embeddings, loss_func.proxies, distance) != of_samples
-    with pytest.raises(ValueError, match=r"embeddings must have 4 columns, .* got shape \(30, 3\)"):
-        loss_func.hierarchy(embeddings[:, :3])
-    with pytest.raises(RuntimeError, match=r"HIERLoss has no proxies before its first batch; .* a state_dict"):
-        HIERLoss(8).hierarchy(embeddings)
+    torch.manual_seed(1)
+    loss_func.init_proxies(given)
+    assert torch.equal(loss_func.proxies, proxies)
 
 
 @pytest.mark.parametrize("sized", [False, True])
 def test_init_proxies_keeps_the_parameter_and_its_optimizer(sized):
     embeddings = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
-    distance = PoincareDistance(clip_radius=1.5)
-    loss_func = HIERLoss(8, 4 if sized else None, distance=distance)
+    loss_func = HIERLoss(8, 4 if sized else None)
     parameter, optimizer = loss_func.proxies, torch.optim.SGD(loss_func.parameters(), lr=0.1)
-    loss_func.init_proxies(embeddings, torch.Generator().manual_seed(2))
-    expected = initial_proxies(embeddings, 8, distance, torch.Generator().manual_seed(2))
+    loss_func.init_proxies(embeddings)
     assert loss_func.proxies is parameter
-    torch.testing.assert_close(parameter.detach(), expected, rtol=0, atol=0)
+    before = parameter.detach().clone()
     loss_func(embeddings).backward()
     optimizer.step()
-    assert (parameter != expected).any()
+    assert (parameter != before).any()
 
 
 @pytest.mark.parametrize("sized", [False, True])

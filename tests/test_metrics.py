@@ -1,4 +1,4 @@
-"""Scores: against scikit-learn, scikit-network, and definitions written out."""
+"""Scores: against scikit-learn, and definitions written out."""
 
 import itertools
 
@@ -56,32 +56,6 @@ def test_dendrogram_purity_of_known_trees():
         metrics.dendrogram_purity(star, [0, 1, 2, 3])
     with pytest.raises(ValueError, match=r"labels must have shape \(4,\).*\(3,\)"):
         metrics.dendrogram_purity(star, [0, 1, 2])
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_dasgupta_cost_equals_scikit_network(seed):
-    hierarchy = pytest.importorskip("sknetwork.hierarchy", reason="scikit-network is not installed")
-    tree = random_tree(12, seed, ties=False)
-    similarity = np.random.default_rng(seed).random((12, 12))
-    similarity = similarity + similarity.T
-    np.fill_diagonal(similarity, 0)
-    expected = hierarchy.dasgupta_cost(similarity, tree.to_linkage())
-    # Theirs is the mean over edges, an edge drawn in proportion to its weight.
-    assert metrics.dasgupta_cost(tree, similarity) == pytest.approx(expected * similarity.sum() / 2)
-
-
-@pytest.mark.parametrize("ties", [False, True])
-def test_dasgupta_cost_equals_definition(ties):
-    tree = random_tree(12, 0, ties)
-    similarity = np.random.default_rng(0).random((12, 12))
-    similarity = similarity + similarity.T
-    expected = sum(similarity[i, j] * len(holding(tree, i, j)) for i, j in itertools.combinations(range(12), 2))
-    assert metrics.dasgupta_cost(tree, torch.from_numpy(similarity)) == pytest.approx(expected)
-    with pytest.raises(ValueError, match=r"shape \(12, 12\), got \(3, 3\)"):
-        metrics.dasgupta_cost(tree, np.ones((3, 3)))
-    for bad in (-similarity, similarity * np.nan, np.triu(similarity)):
-        with pytest.raises(ValueError, match="symmetric and non-negative"):
-            metrics.dasgupta_cost(tree, bad)
 
 
 def test_ami_per_level():
@@ -240,12 +214,10 @@ def test_delta_equals_definition_about_the_first_sample():
 def test_delta_of_a_sample():
     points = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
     distances = torch.cdist(points, points)
-    values = [
-        metrics.delta_hyperbolicity(distances, max_samples=40, generator=torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
-    ]
+    values = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        values.append(metrics.delta_hyperbolicity(distances, max_samples=40))
     assert values[0] == values[1] != values[2]
     assert values[0] < metrics.delta_hyperbolicity(distances)
-    with pytest.raises(ValueError, match=r"generator must be given for 300 samples.*max_samples=40"):
-        metrics.delta_hyperbolicity(distances, max_samples=40)
     assert metrics.delta_hyperbolicity(torch.zeros(3, 3)) == 0

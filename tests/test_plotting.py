@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.image import imread  # noqa: E402
 from matplotlib.offsetbox import AnnotationBbox  # noqa: E402
 
+from hierloss import _layout as layout  # noqa: E402
+from hierloss import page as html_page  # noqa: E402
 from hierloss import plotting  # noqa: E402
 
 
@@ -30,11 +33,14 @@ def close_figures():
     plt.close("all")
 
 
+DRAW = {"disk": plotting.plot_disk, "dendrogram": plotting.plot_dendrogram}
+
+
 def make_tree(leaves=40, seed=0):
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(leaves, 4, generator=generator)
     proxies = points[torch.randint(leaves, (60,), generator=generator)] * torch.rand(60, 1, generator=generator)
-    return Hierarchy.from_embeddings(points, proxies, labels=torch.arange(leaves) % 4)
+    return Hierarchy.from_distances(PoincareDistance()(points, proxies), torch.arange(leaves) % 4)
 
 
 def drawn_points(ax, skip_empty=True):
@@ -94,7 +100,7 @@ def test_embeddings_legend_and_axes():
     faces = {tuple(c.get_facecolor()[0]) for c in ax.collections}
     assert len(faces) == 3
     assert plotting.plot_embeddings(embeddings).get_legend() is None
-    assert len({*plotting._styles()}) == 80
+    assert len({*layout.styles()}) == 80
 
 
 def test_embeddings_errors():
@@ -109,6 +115,8 @@ def test_embeddings_errors():
         plotting.plot_embeddings(good, torch.arange(6) // 2, class_names=["a", "b"])
     with pytest.raises(ValueError, match="embeddings must have at least one row"):
         plotting.plot_embeddings(good[:0])
+    with pytest.raises(ValueError, match="class_names must have a name for each label, got none for -1"):
+        plotting.plot_embeddings(good, torch.arange(6) % 2 - 1, class_names=["a", "b"])
 
 
 # --- disk ---------------------------------------------------------------------------------------------------
@@ -129,14 +137,14 @@ def crossings(segments):
 
 def test_sarkar_edges_have_their_length_and_do_not_cross():
     tree = make_tree(24)
-    points, scale = plotting._sarkar(tree)
+    points, scale = layout.sarkar(tree)
     assert scale == pytest.approx(5 / tree.heights[-1])
     assert points[-1] == 0
     edges = []
     for node, above in enumerate(tree.parents[:-1]):
         length = disk_distance(points[node], points[above])
         assert length == pytest.approx(scale * (tree.heights[above] - tree.heights[node]), abs=1e-9)
-        edge = plotting._geodesic(points[above], points[node], 40)
+        edge = layout.geodesic(points[above], points[node], 40)
         assert edge[0] == points[above]
         assert edge[-1] == pytest.approx(points[node])
         steps = disk_distance(edge[1:], edge[:-1])
@@ -147,7 +155,7 @@ def test_sarkar_edges_have_their_length_and_do_not_cross():
 
 def test_sarkar_distances_are_about_those_of_the_tree():
     tree = make_tree(30)
-    points, scale = plotting._sarkar(tree)
+    points, scale = layout.sarkar(tree)
     pairs = list(itertools.combinations(range(30), 2))
     through = [2 * scale * tree.heights[tree.lowest_common_ancestor(pair)] for pair in pairs]
     drawn = [disk_distance(*points[[*pair]]) for pair in pairs]
@@ -160,9 +168,9 @@ def test_sarkar_distances_are_about_those_of_the_tree():
 
 def test_disk_draws_each_leaf_in_its_colour():
     tree = make_tree(40)
-    ax = tree.plot(class_names=["a", "b", "c", "d"])
+    ax = plotting.plot_disk(tree, class_names=["a", "b", "c", "d"])
     inner, *groups = drawn_points(ax)
-    points, _ = plotting._sarkar(tree)
+    points, _ = layout.sarkar(tree)
     np.testing.assert_allclose(inner, np.stack([points.real, points.imag], 1)[40:])
     for label, group in enumerate(groups):
         np.testing.assert_allclose(group[:, 0], points[:40].real[tree.leaf_labels == label])
@@ -172,7 +180,7 @@ def test_disk_draws_each_leaf_in_its_colour():
 def test_disk_names_and_images():
     tree = make_tree(12)
     images = np.arange(12)[:, None, None] * np.ones((12, 5, 5))
-    ax = tree.plot(names=[f"leaf {i}" for i in range(12)], images=images)
+    ax = plotting.plot_disk(tree, names=[f"leaf {i}" for i in range(12)], images=images)
     assert {f"leaf {i}" for i in range(12)} <= {text.get_text() for text in ax.texts}
     boxes = [artist for artist in ax.artists if isinstance(artist, AnnotationBbox)]
     assert len(boxes) == 12
@@ -185,19 +193,32 @@ def test_class_leaves_are_named_and_coloured_by_superclass():
     tree = make_tree(12)
     tree = Hierarchy(tree.parents, tree.heights, tree.proxies, np.arange(12) * 2)
     names = {2 * i: f"class {i}" for i in range(12)}
-    assert "class 11" in {text.get_text() for text in tree.plot(class_names=names).texts}
-    assert tree.plot().get_legend() is None
-    ax = tree.plot(labels=torch.arange(12) % 2, names=list(names.values()), class_names=["even", "odd"])
+    assert "class 11" in {text.get_text() for text in plotting.plot_disk(tree, class_names=names).texts}
+    assert plotting.plot_disk(tree).get_legend() is None
+    ax = plotting.plot_disk(
+        tree, labels=torch.arange(12) % 2, names=list(names.values()), class_names=["even", "odd"]
+    )
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["even", "odd"]
+
+
+@pytest.mark.parametrize("kind", ["disk", "dendrogram"])
+def test_names_of_many_leaves_are_thinned_with_a_notice(kind):
+    tree, names = make_tree(200), [f"name {i}" for i in range(200)]
+    for leaves, step in ((80, 1), (200, 3)):
+        ax = DRAW[kind](tree, names=names, max_leaves=leaves)
+        texts = [t.get_text() for t in [*ax.texts, *ax.get_xticklabels()]] + [ax.get_title("right")]
+        shown = [text for text in texts if text in names or re.fullmatch(r"\d+ leaves", text)]
+        assert len(shown) == math.ceil(leaves / step)
+        assert any("1 of 3 names is shown" in text for text in texts) == (step == 3)
 
 
 @pytest.mark.parametrize("kind", ["disk", "dendrogram"])
 def test_large_trees_are_pruned(kind):
     tree = make_tree(300)
-    ax = tree.plot(kind, max_leaves=20)
+    ax = DRAW[kind](tree, max_leaves=20)
     groups = drawn_points(ax)[1 if kind == "disk" else 0 :]
     assert sum(map(len, groups)) == 20
-    small, members = plotting._prune(tree, 20)
+    small, members = layout.prune(tree, 20)
     assert sorted(itertools.chain(*members)) == list(range(300))
     assert small.num_leaves == 20
     np.testing.assert_array_equal(small.heights[20:], tree.heights[-19:])
@@ -208,38 +229,37 @@ def test_large_trees_are_pruned(kind):
 
 def test_dendrogram_has_the_heights_of_the_tree():
     tree = make_tree(15)
-    ax = tree.plot("dendrogram", names=[f"n{i}" for i in range(15)])
+    ax = plotting.plot_dendrogram(tree, names=[f"n{i}" for i in range(15)])
     branches = [path for c in ax.collections if hasattr(c, "get_segments") for path in c.get_segments()]
     tops = sorted(path[:, 1].max() for path in branches)
     np.testing.assert_allclose(tops, np.sort(tree.heights[15:]))
     assert sorted(label.get_text() for label in ax.get_xticklabels()) == sorted(f"n{i}" for i in range(15))
     low, high = ax.get_ylim()
     assert low < tree.heights[15] < tree.heights[-1] < high
-    assert tree.plot("dendrogram", images=np.zeros((15, 4, 4, 3), np.uint8)).artists
+    assert plotting.plot_dendrogram(tree, images=np.zeros((15, 4, 4, 3), np.uint8)).artists
 
 
 def test_plot_errors():
     tree = make_tree(10)
-    with pytest.raises(ValueError, match=r"kind must be one of \['dendrogram', 'disk'\], got 'circle'"):
-        tree.plot("circle")
     with pytest.raises(ValueError, match=r"labels must have shape \(10,\)"):
-        tree.plot(labels=[1, 2])
+        plotting.plot_disk(tree, labels=[1, 2])
     with pytest.raises(ValueError, match="names must be 10"):
-        tree.plot(names=["a"])
+        plotting.plot_disk(tree, names=["a"])
     with pytest.raises(ValueError, match="images must be 10"):
-        tree.plot(images=np.zeros((3, 4, 4)))
+        plotting.plot_disk(tree, images=np.zeros((3, 4, 4)))
     with pytest.raises(ValueError, match=r"images must be \(H, W\)"):
-        tree.plot(images=np.zeros((10, 4, 4, 7)))
+        plotting.plot_disk(tree, images=np.zeros((10, 4, 4, 7)))
     with pytest.raises(ValueError, match="max_leaves must be at least 2"):
-        tree.plot(max_leaves=1)
+        plotting.plot_disk(tree, max_leaves=1)
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "plotly"])
 def test_missing_packages_are_named(package, tmp_path):
-    call = "tree.plot()" if package == "matplotlib" else f"tree.to_html({str(tmp_path / 'x.html')!r})"
+    call = "plot_disk(tree)" if package == "matplotlib" else f"write_html(tree, {str(tmp_path / 'x.html')!r})"
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
         "from hierloss.hierarchy import Hierarchy\n"
+        "from hierloss.plotting import plot_disk, write_html\n"
         "tree = Hierarchy([2, 2, -1], [0, 0, 1], [0, 0, 0])\n"
         f"try: {call}\n"
         "except ImportError as error: print(error)"
@@ -259,9 +279,9 @@ def test_images_of_all_shapes():
         (colour, colour),
         (torch.from_numpy(colour).movedim(-1, 1), colour),
     ]:
-        for image, array in zip(plotting._images(images, 3), expected, strict=True):
+        for image, array in zip(layout.as_images(images, 3), expected, strict=True):
             np.testing.assert_array_equal(image, array)
-            data = plotting._data_uri(image).removeprefix("data:image/png;base64,")
+            data = html_page._data_uri(image).removeprefix("data:image/png;base64,")
             read = imread(io.BytesIO(base64.b64decode(data)))[..., :3]
             wanted = array / 255 if array.ndim == 3 else np.repeat(array[..., None] / 255, 3, 2)
             np.testing.assert_allclose(read, wanted, atol=1 / 255)
@@ -293,14 +313,18 @@ def browser(tmp_path_factory):
 
 
 class Page:
-    """The page in the browser."""
+    """The page in the browser, where both figures have been drawn."""
 
     def __init__(self, browser, path):
         from selenium.webdriver.support.ui import WebDriverWait
 
         self.browser, self.wait = browser, WebDriverWait(browser, 60)
         browser.get(f"file://{path}")
-        self.until("return document.getElementById('plot').dataset.ready === 'yes'")
+        self.until("return document.querySelectorAll('g.slice').length > 0")
+        self.run(
+            "[window.disk, window.icicle] = document.querySelectorAll('.plotly-graph-div');"
+            "disk.id = 'disk'; icicle.id = 'icicle'"
+        )
 
     def run(self, script, *arguments):
         return self.browser.execute_script(script, *arguments)
@@ -308,120 +332,94 @@ class Page:
     def until(self, script, *arguments):
         self.wait.until(lambda _: self.run(script, *arguments))
 
-    def shown(self):
-        """The nodes that plotly has markers for."""
-        nodes = self.run("return plot.data.flatMap(trace => trace.customdata || [])")
-        return sorted(nodes)
-
-    def point(self, node, click=False):
-        """Move the mouse to a node, and click."""
-        from selenium.webdriver.common.actions.action_builder import ActionBuilder
-
-        x, y = self.run(
-            "const full = plot._fullLayout, box = plot.getBoundingClientRect();"
-            "const at = current.place.get(arguments[0]);"
-            "return [box.x + full.xaxis._offset + full.xaxis.d2p(at[0]),"
-            "        box.y + full.yaxis._offset + full.yaxis.d2p(at[1])]",
-            node,
-        )
-        action = ActionBuilder(self.browser)
-        action.pointer_action.move_to_location(round(x) - 6, round(y) - 6).pause(0.1)
-        action.pointer_action.move_to_location(round(x), round(y)).pause(0.2)
-        if click:
-            action.pointer_action.click()
-        action.perform()
-
 
 @pytest.fixture
 def page(browser, tmp_path):
     tree = make_tree(40)
     images = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)
     texts = [f"</script><b>text {i}</b>" for i in range(40)]
+    names = [f'<a href="https://example.org">leaf {i}</a>' for i in range(40)]
     path = tmp_path / "tree.html"
-    tree.to_html(path, images=images, texts=texts, class_names=["a", "b", "c", "d"], title="A <tree>")
-    return tree, images, texts, Page(browser, path)
+    classes = ["a", "<b>b</b>", "c", "d"]
+    plotting.write_html(tree, path, images=images, texts=texts, names=names, class_names=classes, title="A <tree>")
+    return tree, images, Page(browser, path)
 
 
 def test_page_draws_the_tree_of_python(page, browser):
-    tree, _, _, shown = page
-    assert shown.shown() == list(range(tree.num_nodes))
-    points, _ = plotting._sarkar(tree)
-    places = shown.run("return Array.from({length: count}, (_, n) => current.place.get(n))")
-    np.testing.assert_allclose(np.array(places) @ [1, 1j], points, atol=1e-9)
+    tree, images, shown = page
+    points, _ = layout.sarkar(tree)
+    drawn = shown.run(
+        "return disk._fullData.filter(t => (t.mode || '').includes('markers'))"
+        ".flatMap(t => Array.from(t.x, (x, i) => [x, t.y[i]]))"
+    )
+    expected = sorted([round(z.real, 6), round(z.imag, 6)] for z in points)
+    np.testing.assert_allclose(sorted([round(x, 6), round(y, 6)] for x, y in drawn), expected, atol=2e-6)
     assert browser.title == "A <tree>"
     assert browser.find_element("tag name", "h1").text == "A <tree>"
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     assert shown.run("return performance.getEntriesByType('resource').some(e => /^http/.test(e.name))") is False
+    parents = shown.run("return icicle._fullData[0].parents")
+    assert parents == ["" if parent < 0 else str(parent) for parent in tree.parents]
+    sources = shown.run("return disk.layout.images.map(image => image.source)")
+    for source, image in zip(sources, images, strict=True):
+        read = imread(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))[..., :3]
+        np.testing.assert_allclose(read * 255, image, atol=1)
 
 
-def test_page_click_folds_and_unfolds_a_branch(page):
-    tree, _, _, shown = page
-    branch = max((n for n in tree.children(tree.root) if n >= tree.num_leaves), key=lambda n: tree.sizes[n])
+def test_page_shows_names_as_text_and_never_as_markup(page, browser):
+    _, _, shown = page
+    assert not browser.find_elements("css selector", "svg a")
+    texts = shown.run("return Array.from(document.querySelectorAll('#disk .textpoint'), e => e.textContent)")
+    assert sorted(texts) == sorted(f'<a href="https://example.org">leaf {i}</a>' for i in range(40))
+    legend = shown.run("return Array.from(document.querySelectorAll('.legendtext'), e => e.textContent)")
+    assert legend == ["a", "<b>b</b>", "c", "d"]
+    hover = shown.run("return icicle._fullData[0].hovertext[7]")
+    assert "&lt;/script&gt;&lt;b&gt;text 7" in hover
+
+
+def test_page_click_folds_to_a_branch(page, browser):
+    tree, _, shown = page
+    branch = min((n for n in tree.children(tree.root) if n >= tree.num_leaves), key=lambda n: tree.sizes[n])
+    ids = "return Array.from(document.querySelectorAll('#icicle g.slice'), e => e.__data__.data.data.id)"
+    before = shown.run(ids)
+    browser.find_elements("css selector", "#icicle g.slice")[before.index(str(branch))].click()
 
     def under(node):
-        return {node} | {m for child in tree.children(node) for m in under(child)}
+        return {str(node)} | {m for child in tree.children(node) for m in under(child)}
 
-    gone = under(branch) - {branch}
-    shown.point(branch, click=True)
-    shown.until("return folded.has(arguments[0])", branch)
-    assert shown.shown() == sorted(set(range(tree.num_nodes)) - gone)
-    assert shown.run("return plot.data.at(-1).text") == [str(tree.sizes[branch])]
-    shown.point(branch, click=True)
-    shown.until("return !folded.has(arguments[0])", branch)
-    assert shown.shown() == list(range(tree.num_nodes))
+    shown.wait.until(lambda _: set(shown.run(ids)) <= under(branch) | {str(tree.root)})
+    assert str(branch) in shown.run(ids)
 
 
-def test_page_hover_shows_the_sample(page, browser):
-    tree, images, texts, shown = page
-    card = browser.find_element("id", "card")
-    shown.point(7)
-    shown.until("return document.getElementById('card').style.display === 'block'")
-    assert tree.leaf_labels[7] == 3
-    for line in (texts[7], "leaf 7", "d"):
-        assert line in card.text.split("\n")
-    data = card.find_element("tag name", "img").get_attribute("src").removeprefix("data:image/png;base64,")
-    read = imread(io.BytesIO(base64.b64decode(data)))[..., :3]
-    np.testing.assert_allclose(read * 255, images[7], atol=1)
-    shown.point(tree.root)
-    shown.until("return document.getElementById('card').textContent.includes('40 leaves')")
-    assert f"proxy {tree.proxies[-1]}, height {tree.heights[-1]:.3g}" in card.text
-    assert "10 × a, 10 × b, 10 × c, 10 × d" in card.text
-    assert len(card.find_elements("tag name", "img")) == 10
+def test_page_fits_a_phone(page, browser):
+    """The two figures are one below the other, and no wider than the page."""
+    _, _, shown = page
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    )
+    try:
+        for figure in ("disk", "icicle"):
+            width = f"{figure}.querySelector('.main-svg').getBoundingClientRect().width"
+            shown.until(f"return {width} <= 374 && {width} > 320")
+        assert shown.run("return icicle.getBoundingClientRect().y >= disk.getBoundingClientRect().bottom - 1")
+        assert shown.run("return document.documentElement.scrollWidth") <= 390
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_page_zoom_pan_and_buttons(page, browser):
-    _, _, _, shown = page
-    before = shown.run("return plot._fullLayout.xaxis.range")
-    from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.actions.wheel_input import ScrollOrigin
-
-    element = browser.find_element("id", "plot")
-    ActionChains(browser).scroll_from_origin(ScrollOrigin.from_element(element), 0, -400).perform()
-    shown.until("const r = plot._fullLayout.xaxis.range; return r[1] - r[0] < arguments[0]", before[1] - before[0])
-    zoomed = shown.run("return plot._fullLayout.xaxis.range")
-    ActionChains(browser).drag_and_drop_by_offset(element, 120, 0).perform()
-    shown.until("return Math.abs(plot._fullLayout.xaxis.range[0] - arguments[0]) > 0.01", zoomed[0])
-    browser.find_element("id", "reset").click()
-    shown.until("return Math.abs(plot._fullLayout.yaxis.range[0] + 1.06) < 0.01")
-    browser.find_element("id", "fold").click()
-    shown.until("return plot.data.flatMap(trace => trace.customdata || []).length < 5")
-    browser.find_element("id", "open").click()
-    shown.until("return plot.data.flatMap(trace => trace.customdata || []).length === count")
-
-
-def test_page_of_a_large_tree_starts_folded(browser, tmp_path):
+def test_page_of_a_large_tree_draws_its_top_on_the_disk_and_all_of_it_to_fold(browser, tmp_path):
     tree = make_tree(400)
     path = tmp_path / "tree.html"
-    tree.to_html(path)
+    plotting.write_html(tree, path)
     shown = Page(browser, path)
-    small, members = plotting._prune(tree, 80)
-    assert len(shown.shown()) == small.num_nodes
-    sizes = sorted(len(rows) for rows in members if len(rows) > 1)
-    assert sorted(map(int, shown.run("return plot.data.at(-1).text"))) == sizes
+    drawn = shown.run("return disk._fullData.filter(t => (t.mode || '').includes('markers')).map(t => t.x.length)")
+    assert sum(drawn) == layout.prune(tree, 100)[0].num_nodes
+    assert shown.run("return icicle._fullData[0].ids.length") == tree.num_nodes
+    assert path.stat().st_size < 6_000_000
 
 
 def test_page_errors(tmp_path):
     pytest.importorskip("plotly", reason="plotly is not installed")
     with pytest.raises(ValueError, match="texts must be 10, one for each leaf, got 1"):
-        make_tree(10).to_html(tmp_path / "x.html", texts=["a"])
+        plotting.write_html(make_tree(10), tmp_path / "x.html", texts=["a"])
     assert list(tmp_path.iterdir()) == []

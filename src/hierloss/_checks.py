@@ -1,10 +1,11 @@
-"""Checks of arguments. Every error names the argument, what was expected and what came."""
+"""Checks and conversions of arguments. Every error names the argument, what was expected and what came."""
 
 import math
 import numbers
 from typing import Any
 
 import geoopt
+import numpy as np
 from torch import Tensor
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "check_labels",
     "check_number",
     "check_temperature",
+    "to_numpy",
 ]
 
 _MIN_TEMPERATURE = 1e-30
@@ -89,3 +91,8 @@ def check_labels(labels: Tensor | None, count: int) -> None:
         raise ValueError(
             f"labels must have shape ({count},), one for each embedding, got shape {tuple(labels.shape)}"
         )
+
+
+def to_numpy(values: Any) -> np.ndarray:
+    """Tensor, array or lists as an array."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)

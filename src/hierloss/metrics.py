@@ -5,7 +5,7 @@ Conventions of this file
     - ``labels`` has shape ``(N,)``. A taxonomy is a matrix ``(N, L)`` with one column for each level, **from
       fine to coarse**; two samples with equal fine labels are taken to agree on the coarser levels as well.
     - Labels and matrices are tensors or arrays; results are Python numbers, and larger is better except for
-      `dasgupta_cost` and `delta_hyperbolicity`.
+      `delta_hyperbolicity`.
 """
 
 import math
@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ._checks import check_count, check_number
+from ._checks import check_count, check_number, to_numpy
 from .hierarchy import Hierarchy
 
 __all__ = [
     "ami_per_level",
-    "dasgupta_cost",
     "delta_hyperbolicity",
     "dendrogram_purity",
     "hierarchical_average_precision",
@@ -65,7 +63,7 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
     """
     tree = _tree(tree)
     classes, index = np.unique(_vector("labels", labels, tree.num_leaves), return_inverse=True)
-    starts, stops = tree._spans.T
+    starts, stops = tree.spans.T
     total, pairs = 0.0, 0
     for chunk in np.array_split(np.arange(len(classes)), math.ceil(len(classes) * len(starts) / _CHUNK_CELLS)):
         member = index[tree.leaf_order, None] == chunk
@@ -78,45 +76,6 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
     if pairs == 0:
         raise ValueError("labels must give some class two leaves or more, got a different label for each leaf")
     return total / pairs
-
-
-def dasgupta_cost(tree: Hierarchy | np.ndarray, similarity: Any) -> float:
-    r"""Dasgupta's cost: similar leaves should meet in small subtrees. Smaller is better.
-
-    .. math:: \mathrm{cost} = \sum_{i < j} w_{ij}\,|\mathrm{lvs}(\mathrm{lca}(i, j))|
-
-    Args:
-        tree: over ``N`` leaves.
-        similarity: ``w``, symmetric, non-negative, shape ``(N, N)``; the diagonal is not used. For
-            embeddings, for instance ``torch.exp(-distance(embeddings))``.
-
-    Returns:
-        The cost, in the units of the similarity.
-
-    Raises:
-        ValueError: the matrix does not fit the tree, is negative somewhere, or not symmetric.
-
-    Example:
-        >>> tree = Hierarchy([3, 3, 4, 4, -1], [0, 0, 0, 1, 2], [0, 0, 0, 0, 1])
-        >>> dasgupta_cost(tree, [[0, 1, 2], [1, 0, 3], [2, 3, 0]])
-        17.0
-
-    Source: Dasgupta, "A cost function for similarity-based hierarchical clustering" (STOC 2016).
-    """
-    tree = _tree(tree)
-    matrix = _array(similarity).astype(np.float64)
-    if matrix.shape != (tree.num_leaves, tree.num_leaves):
-        raise ValueError(f"similarity must have shape ({tree.num_leaves}, {tree.num_leaves}), got {matrix.shape}")
-    if not (matrix >= 0).all() or not np.allclose(matrix, matrix.T, rtol=1e-4):
-        raise ValueError("similarity must be symmetric and non-negative, got other values, or NaN")
-    starts, stops = tree._spans.T
-    order = tree.leaf_order
-    # Running sums along both axes give the sum of any block of leaves that stand side by side.
-    running = np.zeros((len(order) + 1, len(order) + 1))
-    running[1:, 1:] = np.triu(matrix[np.ix_(order, order)], 1).cumsum(0).cumsum(1)
-    within = running[stops, stops] - running[starts, stops] - running[stops, starts] + running[starts, starts]
-    np.subtract.at(within, tree.parents[:-1], within[:-1].copy())
-    return float((within * tree.sizes).sum())
 
 
 def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
@@ -260,7 +219,6 @@ def delta_hyperbolicity(
     *,
     relative: bool = True,
     max_samples: int = 1500,
-    generator: torch.Generator | None = None,
 ) -> float:
     r"""Gromov's delta: how far distances are from those of a tree. 0 for a tree; smaller is more tree-like.
 
@@ -275,15 +233,14 @@ def delta_hyperbolicity(
     Args:
         distances: of all pairs, shape ``(N, N)``, a metric.
         relative: ``True`` for the relative value, ``False`` for delta in the units of the distances.
-        max_samples: if there are more samples, as many are drawn at random; time grows with the cube.
-        generator: draws them; needed if there are more samples.
+        max_samples: if there are more samples, as many are drawn by torch's default generator; time grows with the
+            cube.
 
     Returns:
         The value. 0 where all distances are 0.
 
     Raises:
-        TypeError, ValueError: the matrix is not square or not finite; more samples than ``max_samples`` and
-            no generator.
+        TypeError, ValueError: the matrix is not square or not finite.
 
     Example:
         >>> square = torch.tensor([[0.0, 1, 2, 1], [1, 0, 1, 2], [2, 1, 0, 1], [1, 2, 1, 0]])
@@ -295,12 +252,7 @@ def delta_hyperbolicity(
     """
     matrix = torch.from_numpy(_square(distances))
     if len(matrix) > check_count("max_samples", max_samples, minimum=2):
-        if generator is None:
-            raise ValueError(
-                f"generator must be given for {len(matrix)} samples, of which max_samples={max_samples} are "
-                "drawn; pass torch.Generator().manual_seed(0), or a larger max_samples"
-            )
-        chosen = torch.randperm(len(matrix), generator=generator, device=generator.device)[:max_samples].cpu()
+        chosen = torch.randperm(len(matrix))[:max_samples]
         matrix = matrix[chosen][:, chosen]
     diameter = float(matrix.max())
     if diameter == 0:
@@ -320,14 +272,9 @@ def _tree(tree: Hierarchy | np.ndarray) -> Hierarchy:
     return tree if isinstance(tree, Hierarchy) else Hierarchy.from_linkage(tree)
 
 
-def _array(values: Any) -> np.ndarray:
-    """Tensor, array or lists as an array."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-
-
 def _vector(name: str, values: Any, count: int) -> np.ndarray:
     """An array of shape ``(count,)``."""
-    array = _array(values)
+    array = to_numpy(values)
     if array.shape != (count,):
         raise ValueError(f"{name} must have shape ({count},), one for each leaf, got shape {array.shape}")
     return array
@@ -335,7 +282,7 @@ def _vector(name: str, values: Any, count: int) -> np.ndarray:
 
 def _taxonomy(values: Any, count: int) -> np.ndarray:
     """The taxonomy, the labels of each level numbered from 0."""
-    array = _array(values)
+    array = to_numpy(values)
     array = array[:, None] if array.ndim == 1 else array
     if array.ndim != 2 or array.shape[0] != count or array.shape[1] == 0:
         raise ValueError(
@@ -347,7 +294,7 @@ def _taxonomy(values: Any, count: int) -> np.ndarray:
 
 def _square(distances: Any) -> np.ndarray:
     """A finite square matrix in float64."""
-    matrix = _array(distances).astype(np.float64)
+    matrix = to_numpy(distances).astype(np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
         raise ValueError(
             f"distances must be of all pairs of 2 samples or more, shape (N, N), got shape {matrix.shape}"

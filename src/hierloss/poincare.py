@@ -126,8 +126,8 @@ def _norm(x: Tensor) -> Tensor:
     return x.square().sum(-1, keepdim=True).clamp_min(min_norm(x.dtype) ** 2).sqrt()
 
 
-def _conformal(x: Tensor) -> Tensor:
-    """``1 / sqrt(1 - |x|^2)`` for points ``x`` of the unit ball, as a column."""
+def _lorentz_factor(x: Tensor) -> Tensor:
+    """The Lorentz factor ``1 / sqrt(1 - |x|^2)`` of points ``x`` of the unit ball, as a column."""
     return (1 - x.square().sum(-1, keepdim=True)).rsqrt()
 
 
@@ -272,7 +272,7 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
     squared = (p - q).square().sum(-1)
     same = squared < min_norm(p.dtype) ** 2  # where the gradient, and its own, are taken as 0
     gap = squared.masked_fill(same, 1).sqrt().masked_fill(same, 0)
-    ratio = gap * (_conformal(p) * _conformal(q)).squeeze(-1)
+    ratio = gap * (_lorentz_factor(p) * _lorentz_factor(q)).squeeze(-1)
     return (2 / _sqrt(c, p) * ratio.asinh()).to(result_dtype(x, y))
 
 
@@ -304,7 +304,7 @@ def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtyp
     p = _unit_ball(x, c)
     q = p if y is x else _unit_ball(y, c)
     result: Tensor = _PairwiseDistance.apply(
-        p, q, _conformal(p), _conformal(q), 1 / _sqrt(c, p), dtype or result_dtype(x, y)
+        p, q, _lorentz_factor(p), _lorentz_factor(q), 1 / _sqrt(c, p), dtype or result_dtype(x, y)
     )
     return result
 
@@ -403,7 +403,7 @@ def to_hyperboloid(x: Tensor, c: float | Tensor) -> Tensor:
     """
     root = _sqrt(c, working(x))
     p = _unit_ball(x, c)
-    factor = _conformal(p).square()
+    factor = _lorentz_factor(p).square()
     time = 2 * factor - 1
     return (torch.cat([2 * factor * p, time], -1) / root).to(result_dtype(x))
 

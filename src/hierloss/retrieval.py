@@ -93,7 +93,7 @@ class PoincareKNN:
         if index is not None and _faiss() is None:
             raise ModuleNotFoundError("index needs FAISS: install faiss-cpu, or leave index=None")
         self.distance = distance
-        self.index = index
+        self._index = index
         self._embeddings: Tensor | None = None
         self._prepared: _References | None = None
 
@@ -137,7 +137,7 @@ class PoincareKNN:
         prepared = self._prepared if reference is None else None
         if prepared is None or prepared.c != c:  # a learnable curvature moves
             points = _by_rows(self._on_unit_ball, embeddings.to(query.device))
-            prepared = _References(points, c, self.index)
+            prepared = _References(points, c, self._index)
         if reference is None:
             self._prepared = prepared
         distances, indices = prepared.nearest(_by_rows(self._on_unit_ball, query), k + ref_includes_query)
@@ -190,7 +190,7 @@ class _References:
 
     def __init__(self, points: Tensor, c: float, index: str | Callable[[int], Any] | None) -> None:
         self.points, self.c = points, c
-        self.conformal = _by_rows(poincare._conformal, points)
+        self.conformal = _by_rows(poincare._lorentz_factor, points)
         self.largest_time = 2 * self.conformal.amax().square() - 1
         self.index: Any = None
         if index is not None or (points.device.type == "cpu" and _faiss() is not None):
@@ -262,7 +262,7 @@ class _References:
     def _distances(self, x: Tensor, y: Tensor, conformal: Tensor) -> Tensor:
         """Distances of all pairs in the form of `poincare.distance`, with ``|x - y|`` from differences."""
         gap = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-        return 2 * (gap * poincare._conformal(x) * conformal.mT).asinh()
+        return 2 * (gap * poincare._lorentz_factor(x) * conformal.mT).asinh()
 
     def _decided(self, query: Tensor, distances: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
         """Whether no reference but the candidates can be as near as the k-th neighbour.

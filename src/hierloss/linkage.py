@@ -1,0 +1,92 @@
+"""Minimax linkage with proxies as candidate prototypes, on NumPy arrays."""
+
+import numpy as np
+
+__all__ = ["minimax_linkage", "nodes_of_merges"]
+
+
+def minimax_linkage(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    r"""Merge, at each step, the two clusters of lowest joint height, until one is left.
+
+    The height of a set is :math:`h(A) = \min_p \max_{a \in A} d(a, \rho_p)`. The distance of a cluster from a
+    proxy is the largest of its members'. So the lowest joint height is the smallest, over the proxies, of the
+    second smallest entry in the column of a proxy, and the pair is the two clusters nearest to that proxy. A
+    merge removes, from every column, the smaller of their two entries. So each column is sorted once and kept as
+    a linked list, and pairs of clusters are never enumerated. Time is ``O(NP log N)``, memory ``O(NP)``.
+
+    Args:
+        rows: distances of samples from proxies, shape ``(N, P)``, finite.
+
+    Returns:
+        Merges ``(N - 1, 2)`` in the numbering of SciPy, their heights and their proxies, both ``(N - 1,)``.
+
+    Example:
+        >>> minimax_linkage(np.array([[1.0, 4.0], [2.0, 4.0], [5.0, 4.0]]))
+        (array([[0, 1],
+               [3, 2]]), array([2., 4.]), array([0, 1]))
+
+    Source: Bien, Tibshirani, "Hierarchical Clustering With Prototypes via Minimax Linkage" (JASA 2011), whose
+    prototypes are the samples themselves; here they are the proxies.
+    """
+    leaves, width = rows.shape
+    columns = np.arange(width, dtype=np.int32)
+    # Entries are numbered place * width + column; place 0 is the head of a list, leaves + 1 its end.
+    order = np.argsort(rows, axis=0, kind="stable").astype(np.int32)
+    values = np.full((leaves + 2, width), np.inf)
+    values[1:-1] = np.take_along_axis(rows, order, 0)
+    entry = np.empty((leaves, width), np.int32)  # of each cluster, in every column
+    places = np.arange(1, leaves + 1, dtype=np.int32)[:, None] * width + columns
+    np.put_along_axis(entry, order, places, 0)
+    every = np.arange((leaves + 2) * width, dtype=np.int32).reshape(leaves + 2, width)
+    after = np.minimum(every + width, every[-1])
+    before = np.maximum(every - width, columns)
+    flat_values, flat_order, flat_after, flat_before = (a.reshape(-1) for a in (values, order, after, before))
+
+    merges = np.empty((leaves - 1, 2), np.int64)
+    heights = np.empty(leaves - 1)
+    proxies = np.empty(leaves - 1, np.int64)
+    row_of, cluster_of = list(range(leaves)), list(range(leaves))  # sample -> row of `entry` -> cluster
+
+    def find(sample: int) -> int:
+        while row_of[sample] != sample:
+            row_of[sample] = sample = row_of[row_of[sample]]
+        return sample
+
+    for step in range(leaves - 1):
+        first = after[0]
+        second = flat_after[first]
+        candidates = flat_values[second]
+        proxy = int(candidates.argmin())
+        a = find(int(flat_order[first[proxy] - width]))
+        b = find(int(flat_order[second[proxy] - width]))
+        merges[step] = cluster_of[a], cluster_of[b]
+        heights[step], proxies[step] = candidates[proxy], proxy
+        row_of[b], cluster_of[a] = a, leaves + step
+        gone = np.minimum(entry[a], entry[b])
+        np.maximum(entry[a], entry[b], out=entry[a])
+        left, right = flat_before[gone], flat_after[gone]
+        flat_after[left], flat_before[right] = right, left
+    return merges, heights, proxies
+
+
+def nodes_of_merges(
+    merges: np.ndarray,
+    heights: np.ndarray,
+    proxies: np.ndarray,
+    leaf_proxies: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Parents, heights and proxies of nodes; a node is joined with a parent of the same height and proxy."""
+    leaves, count = len(merges) + 1, 2 * len(merges) + 1
+    parents = np.full(count, -1)
+    parents[merges] = np.arange(leaves, count)[:, None]
+    heights, proxies = np.append(np.zeros(leaves), heights), np.append(leaf_proxies, proxies)
+    same = np.zeros(count, bool)
+    inner = slice(leaves, count - 1)
+    above = parents[inner]
+    same[inner] = (heights[inner] == heights[above]) & (proxies[inner] == proxies[above])
+    for node in range(count - 2, -1, -1):  # from the top: the parent's own parent is settled
+        if same[parents[node]]:
+            parents[node] = parents[parents[node]]
+    number = np.cumsum(~same) - 1
+    parents = np.append(number[parents[:-1]], -1)[~same]
+    return parents, heights[~same], proxies[~same]
