@@ -2,7 +2,6 @@
 
 import itertools
 
-import networkx
 import numpy as np
 import pytest
 import torch
@@ -172,52 +171,3 @@ def test_bad_rankings():
         metrics.hierarchical_recall_at_k(distances / 0, taxonomy)
     with pytest.raises(ValueError, match="alpha"):
         metrics.hierarchical_average_precision(distances, taxonomy, -1.0)
-
-
-# --- delta hyperbolicity ------------------------------------------------------------------------------------
-
-
-def path_lengths(graph):
-    return np.array(networkx.floyd_warshall_numpy(graph, weight="weight"))
-
-
-def test_delta_of_trees_is_zero():
-    tree = Hierarchy.from_distances(torch.rand(20, 4, generator=torch.Generator().manual_seed(0)))
-    graph = tree.to_networkx().to_undirected()
-    lengths = np.array(networkx.floyd_warshall_numpy(graph, weight="length"))
-    assert metrics.delta_hyperbolicity(lengths) == pytest.approx(0, abs=1e-6)
-
-
-def test_delta_of_a_cycle():
-    # The cycle of 4n vertices has delta n: four points at equal distances.
-    for n in (1, 2, 5):
-        assert metrics.delta_hyperbolicity(path_lengths(networkx.cycle_graph(4 * n)), relative=False) == n
-
-
-def test_delta_equals_definition_about_the_first_sample():
-    points = np.random.default_rng(0).normal(size=(12, 3))
-    d = np.linalg.norm(points[:, None] - points[None], axis=2)
-    product = [[(d[x, 0] + d[y, 0] - d[x, y]) / 2 for y in range(12)] for x in range(12)]
-    delta = max(
-        min(product[x][z], product[z][y]) - product[x][y] for x, y, z in itertools.product(range(12), repeat=3)
-    )
-    assert metrics.delta_hyperbolicity(d, relative=False) == pytest.approx(delta)
-    assert metrics.delta_hyperbolicity(torch.from_numpy(d)) == pytest.approx(2 * delta / d.max())
-    # Four-point condition, all base points: the two differ by a factor of 2 at most.
-    gaps = []
-    for x, y, z, w in itertools.combinations(range(12), 4):
-        sums = sorted([d[x, y] + d[z, w], d[x, z] + d[y, w], d[x, w] + d[y, z]])
-        gaps.append((sums[2] - sums[1]) / 2)
-    assert max(gaps) / 2 <= delta <= max(gaps) + 1e-12
-
-
-def test_delta_of_a_sample():
-    points = torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
-    distances = torch.cdist(points, points)
-    values = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        values.append(metrics.delta_hyperbolicity(distances, max_samples=40))
-    assert values[0] == values[1] != values[2]
-    assert values[0] < metrics.delta_hyperbolicity(distances)
-    assert metrics.delta_hyperbolicity(torch.zeros(3, 3)) == 0

@@ -41,23 +41,20 @@ def reciprocal_triplets(
 
     The similarity is :math:`S_{ab} = e^{-d(a, b)}`, plus 1 where the labels are equal. ``b`` is a neighbour of
     ``a`` if it is among the ``num_neighbors`` most similar to ``a``, where ``a`` itself counts as one; the two
-    are reciprocal if each is a neighbour of the other. The positive is drawn uniformly from the anchor's
-    reciprocal neighbours, the negative uniformly from all other points. An anchor is valid if it has at least
-    two reciprocal neighbours and at least one other point.
+    are reciprocal if each is a neighbour of the other. Positives are drawn uniformly from the anchor's reciprocal
+    neighbours, negatives uniformly from all other points. An anchor is valid if it has two or more reciprocal
+    neighbours and one or more other points.
 
     Args:
-        distances: symmetric distances of shape ``(N, N)``; the diagonal is ignored. No gradient flows.
+        distances: symmetric distances of shape ``(N, N)``; the diagonal is ignored. They get no gradient.
         labels: class labels of shape ``(N,)``, or ``None``.
         num_neighbors: ``k``; more than ``N`` means ``N``.
         triplets_per_anchor: ``t``.
         random: ``False`` spreads positives and negatives evenly instead of drawing them.
 
-    Raises:
-        TypeError, ValueError: distances that are not a square matrix, labels of another length, counts too small.
-
     Returns:
-        ``(anchors, positives, negatives, valid)``, each of shape ``(N * t,)``. Where ``valid`` is false the
-        indices are in range but mean nothing.
+        ``(anchors, positives, negatives, valid)``, each of shape ``(N * t,)``. Indices that are not valid are in
+        range and have no meaning.
 
     Example:
         >>> points = torch.tensor([0.0, 0.1, 0.2, 5.0, 5.1, 5.2])
@@ -115,6 +112,29 @@ def _choice(mask: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return column.clamp_max(mask.shape[1] - 1), number.squeeze(1)  # a row without true columns has none
 
 
+def drop_invalid(mined: tuple[Tensor, Tensor, Tensor, Tensor], synchronize: bool = False) -> tuple[Tensor, Tensor]:
+    """Triplets ``(3, T)``, and which are valid ``(T,)``; without the invalid ones, unless all are invalid.
+
+    They stay where leaving them out costs a synchronization, unless ``synchronize``.
+    """
+    triplets, valid = torch.stack(mined[:3]), mined[3]
+    if (synchronize or shapes_may_depend_on_values(valid)) and valid.any():
+        return triplets[:, valid], valid[valid]
+    return triplets, valid
+
+
+def mean_over_valid(losses: Tensor, valid: Tensor) -> Tensor:
+    """The losses, scaled so that their mean is the mean over the valid ones, 0 if there is none."""
+    return losses * (valid * (len(valid) / valid.sum().clamp_min(1)))
+
+
+def euclidean_distances(features: Tensor) -> Tensor:
+    """Distances of all pairs of features by matrix products; centred and in float64, they rank all but copies."""
+    features = features.detach().to(torch.float32 if features.device.type == "mps" else torch.float64)
+    features = features - features.mean(0)
+    return torch.cdist(features, features, compute_mode="use_mm_for_euclid_dist")
+
+
 class HierarchicalTripletLoss(NamedTuple):
     """What `hierarchical_triplet_loss` returns."""
 
@@ -132,22 +152,22 @@ def hierarchical_triplet_loss(
     temperature: float = 0.1,
     noise: Tensor | None = None,
 ) -> HierarchicalTripletLoss:
-    r"""The loss of every triplet: the pair's lowest common ancestor is to be nearer than that of all three.
+    r"""The loss of every triplet, low if the ancestor of the pair is nearer to it than the ancestor of all three.
 
     The lowest common ancestor of a set A is a draw from :math:`\mathrm{softmax}_p(-\max_{a \in A} d(a, \rho_p)
-    / \tau)`; :math:`\rho_{ij}` is that of the related pair, :math:`\rho_{ijk}` that of all three. With
+    / \tau)`; :math:`\rho_{ij}` is that of the related pair, :math:`\rho_{ijk}` that of all three. The loss is
 
     .. math:: [d(i, \rho_{ij}) - d(i, \rho_{ijk}) + m]_+ + [d(j, \rho_{ij}) - d(j, \rho_{ijk}) + m]_+
         + [d(k, \rho_{ijk}) - d(k, \rho_{ij}) + m]_+
 
-    a triplet whose two draws are the same proxy has loss 0. The gradient is that of the straight-through
-    Gumbel-softmax: forward uses the drawn proxy, backward the soft probabilities of the same noise. Where two
+    and 0 where both draws are the same proxy. The gradient is that of the straight-through Gumbel-softmax: the
+    forward pass uses the drawn proxy, the backward pass the soft probabilities of the same noise. Where two
     distances tie for the maximum, the gradient goes to the earlier of i, j, k.
 
-    Memory is ``O(T + NP)``: triplets are worked on in chunks, and the backward pass computes again what it
-    needs. Without ``noise``, ancestors are drawn by inverting the cumulative distribution, and the backward
-    pass draws Gumbel noise conditionally on the ancestor that was chosen, which gives the same joint
-    distribution with one random number per draw in the forward pass.
+    Memory is ``O(T + NP)``: triplets are processed in chunks, and the backward pass computes again what it needs.
+    Without ``noise``, ancestors are drawn by inverting the cumulative distribution, and the backward pass draws
+    Gumbel noise conditionally on the chosen ancestor: the same joint distribution, with one random number per draw
+    in the forward pass.
 
     Args:
         distances: distances of shape ``(N, P)`` from points to proxies.
@@ -155,15 +175,11 @@ def hierarchical_triplet_loss(
         margin: ``m``.
         temperature: :math:`\tau`, positive.
         noise: Gumbel noise of shape ``(2, T, P)`` for the two draws. Zeros choose the most probable ancestor, and
-            -inf keeps a proxy from being drawn.
+            -inf excludes a proxy.
 
     Returns:
-        `HierarchicalTripletLoss` of ``losses`` ``(T,)``, differentiable once, and ``ancestors`` ``(2, T)``. The
-        backward pass draws noise of its own, so two of them over one graph differ.
-
-    Raises:
-        TypeError, ValueError: distances that are not a floating point matrix, noise of another shape, a margin
-            or temperature that is not a number of the right sign.
+        `HierarchicalTripletLoss` of ``losses`` ``(T,)``, differentiable once, and ``ancestors`` ``(2, T)``. Each
+        backward pass draws noise of its own.
 
     Example:
         >>> distances = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 2.0]])  # 3 points, 2 proxies
@@ -221,7 +237,7 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
     def backward(ctx, grad_losses, _):  # type: ignore[no-untyped-def]
         with torch.no_grad():
             grad = _HierarchicalTripletLoss.gradient(ctx, grad_losses)
-        if torch.is_grad_enabled():  # somebody may want to differentiate again
+        if torch.is_grad_enabled():  # the gradient may be differentiated itself
             grad = _DifferentiableOnce.apply(grad, ctx.saved_tensors[0])
         return grad, None, None, None, None
 
@@ -273,7 +289,7 @@ class _DifferentiableOnce(torch.autograd.Function):
 
 
 def shapes_may_depend_on_values(tensor: Tensor) -> bool:
-    """Whether this is eager mode on a CPU; elsewhere such shapes cost a synchronization or do not compile."""
+    """Whether this is eager mode on a CPU. Elsewhere such shapes cost a synchronization, or do not compile."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -290,7 +306,7 @@ def _terms(distances: Tensor, triplets: Tensor, ancestors: Tensor, margin: float
     near, far = distances.reshape(-1)[cells].unbind(1)
     gap = near - far
     gap[2].neg_()
-    # The zero is NaN if any distance is not finite: draws from such weights mean nothing and must not look fine.
+    # The zero is NaN if any distance is not finite: such draws have no meaning, and the loss must show it.
     return (gap + margin) * (ancestors[0] != ancestors[1]) + (distances.amax() - distances.amin()) * 0
 
 
@@ -361,8 +377,8 @@ def _uniform(like: Tensor) -> Tensor:
     """Uniform random numbers of [0, 1), shaped like ``like``, from torch's default generator."""
     if like.dtype != torch.float32 or not shapes_may_depend_on_values(like):
         return torch.rand(like.shape, dtype=like.dtype, device=like.device)
-    # Random numbers are most of what the loss costs on a CPU, and two of 32 bits come cheaper out of one of 64
-    # than two of torch.rand. Of each, 24 bits are used, as torch.rand does.
+    # Random numbers take much of the time on a CPU. Two of 32 bits are cheaper from one of 64 bits than from
+    # torch.rand. Of each, 24 bits are used, as torch.rand does.
     wide = torch.empty((like.numel() + 1) // 2, dtype=torch.int64, device=like.device).random_(-(2**63), None)
     bits = wide.view(torch.int32)[: like.numel()].view(like.shape)
     return bits.bitwise_and_(2**24 - 1).to(torch.float32).mul_(2.0**-24)

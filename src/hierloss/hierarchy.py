@@ -6,16 +6,15 @@ Conventions of this file
     - Heights are hyperbolic distances, in the units of `PoincareDistance`; leaves are at height 0.
     - Distances have shape ``(N, P)``: of N samples, or classes, from P proxies.
 
-The tree is built from what HIERLoss calls an ancestor. The ancestor of a set :math:`A` is the proxy that is
-nearest to its farthest member. Their distance is the height of the set,
+The ancestor of a set :math:`A` is the proxy that is nearest to its farthest member, as in HIERLoss. Their distance
+is the height of the set,
 
 .. math:: h(A) = \min_p \max_{a \in A} d(a, \rho_p),
 
-the smallest radius at which a ball around a proxy holds all of :math:`A`. Merging the two clusters of lowest joint
-height at each step is minimax linkage (Bien and Tibshirani 2011), with the proxies as candidate prototypes.
+the smallest radius at which a ball around a proxy contains :math:`A`. `Hierarchy.from_distances` merges the two
+clusters of lowest joint height at each step: minimax linkage (Bien, Tibshirani 2011) with proxies as prototypes.
 """
 
-import heapq
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,15 +43,13 @@ _ROUNDING = 1e-6
 class Hierarchy:
     r"""A tree over samples or classes, whose inner nodes are proxies.
 
-    ``HIERLoss.hierarchy`` builds one, as do `from_distances` and `from_linkage`. Nodes are whole numbers: leaves
-    ``0 .. N-1`` in the order they came, then inner nodes by increasing height, the root last. A node has two or
-    more children; more than two where several clusters meet at exactly the same height below the same proxy.
+    ``HIERLoss.hierarchy`` builds one, as do `from_distances` and `from_linkage`. A node has more than two children
+    where several clusters meet at exactly the same height below the same proxy.
 
     Attributes:
         parents: parent of each node, -1 for the root, shape ``(num_nodes,)``.
-        heights: height of each node: how far its farthest leaf is from its proxy. 0 for leaves.
-        proxies: index of the proxy that is the node's ancestor, for a leaf the nearest proxy; -1 where there
-            is none, in trees from `from_linkage`.
+        heights: height of each node: the distance of its farthest leaf from its proxy. 0 for leaves.
+        proxies: the proxy that is the node's ancestor, for a leaf the nearest proxy; -1 in trees without proxies.
         leaf_labels: label of each leaf, shape ``(num_leaves,)``, or ``None``.
 
     Example:
@@ -77,16 +74,12 @@ class Hierarchy:
             array = given.astype(dtype)
             if dtype is np.int64 and (array != given).any():
                 raise ValueError(f"{name} must be whole numbers, got {given[array != given][0]}")
+            array.setflags(write=False)
             object.__setattr__(self, name, array)
         if self.leaf_labels is not None:
-            object.__setattr__(self, "leaf_labels", np.array(self.leaf_labels))
-        self._check()
-        for values in (self.parents, self.heights, self.proxies, self.leaf_labels):
-            if values is not None:
-                values.setflags(write=False)
-
-    def _check(self) -> None:
-        """Raise unless the arrays are a tree as described above."""
+            labels = np.array(self.leaf_labels)
+            labels.setflags(write=False)
+            object.__setattr__(self, "leaf_labels", labels)
         count = len(self.parents)
         if not self.parents.shape == self.heights.shape == self.proxies.shape == (count,) or count < 3:
             raise ValueError(
@@ -121,25 +114,18 @@ class Hierarchy:
             f"num_ancestors={distinct}, height={self.heights[-1]:g})"
         )
 
-    # --- building -------------------------------------------------------------------------------------------
-
     @classmethod
     def from_distances(cls, distances: Tensor, labels: Any = None, *, per_class: bool = False) -> "Hierarchy":
-        r"""Minimax linkage of samples, or of classes, through the proxies.
+        r"""Minimax linkage of samples, or of classes, through the proxies; see the top of this file.
 
-        The height of a set is :math:`h(A) = \min_p \max_{a \in A} d(a, \rho_p)`; its ancestor is the proxy that
-        attains it. The two clusters of lowest joint height are merged until one is left. Heights never decrease.
-        Ties go to the lower proxy index, then to the lower leaf index; clusters that meet at one height below one
-        proxy become children of one node. Exact, in time ``O(NP log N)`` and memory ``O(NP)``.
+        Ties go to the lower proxy index, then to the lower leaf index. Exact, in time ``O(NP log N)`` and memory
+        ``O(NP)``.
 
         Args:
             distances: shape ``(N, P)``, of the samples from the proxies: ``HIERLoss.proxy_distances(embeddings)``.
             labels: label of each sample, shape ``(N,)``, tensor or array; kept as ``leaf_labels``.
             per_class: ``True`` makes one leaf of each class, in the order of ``numpy.unique(labels)``. Its
                 distance from a proxy is the mean over its samples, which a single outlier changes little.
-
-        Returns:
-            The tree.
 
         Raises:
             TypeError, ValueError: distances that are not a finite matrix of two or more leaves and proxies;
@@ -160,28 +146,29 @@ class Hierarchy:
                 "distances must have shape (num_samples, num_proxies), samples from proxies, "
                 f"got shape {tuple(distances.shape)}"
             )
-        classes, index = _check_leaves(len(distances), distances.shape[1], labels, per_class)
+        values: Any = None if labels is None else _labels(labels, len(distances))
         rows = to_numpy(distances).astype(np.float64)
         if not np.isfinite(rows).all():
             raise ValueError("distances must be finite, got NaN or infinity; check the embeddings for them")
         if per_class:
-            sums = np.zeros((len(classes), rows.shape[1]))
+            if values is None:
+                raise ValueError("labels must be given when per_class is True: they say which samples make a leaf")
+            values, index = np.unique(values, return_inverse=True)
+            sums = np.zeros((len(values), rows.shape[1]))
             np.add.at(sums, index, rows)
             rows = sums / np.bincount(index)[:, None]
-        return cls(*nodes_of_merges(*minimax_linkage(rows), rows.argmin(1)), classes)
+        _check_size(len(rows), rows.shape[1], "classes" if per_class else "samples")
+        return cls(*nodes_of_merges(*minimax_linkage(rows), rows.argmin(1)), values)
 
     @classmethod
     def from_linkage(cls, linkage: np.ndarray, labels: Any = None) -> "Hierarchy":
-        """A tree of another method, from a SciPy linkage matrix, to query, score and draw it alike.
+        """A tree of another method, without proxies, from a SciPy linkage matrix.
 
         Merges at exactly the height of the merge above become one node with more children.
 
         Args:
-            linkage: shape ``(N - 1, 4)``, from ``scipy.cluster.hierarchy.linkage``, without inversions.
+            linkage: shape ``(N - 1, 4)``, from ``scipy.cluster.hierarchy.linkage``.
             labels: label of each leaf, shape ``(N,)``.
-
-        Returns:
-            The tree, with -1 for all proxies.
 
         Raises:
             ValueError: not a linkage matrix, or one with inversions (centroid and median linkage have them).
@@ -202,8 +189,6 @@ class Hierarchy:
         none = np.full(2 * leaves - 1, -1)
         nodes = nodes_of_merges(matrix[:, :2].astype(int), matrix[:, 2], none[leaves:], none[:leaves])
         return cls(*nodes, None if labels is None else _labels(labels, leaves))
-
-    # --- queries --------------------------------------------------------------------------------------------
 
     @property
     def num_nodes(self) -> int:
@@ -231,10 +216,9 @@ class Hierarchy:
 
     def depth(self, node: int) -> int:
         """Number of edges from the root."""
-        depth = -1
-        above: int | None = node
-        while above is not None:
-            depth, above = depth + 1, self.parent(above)
+        depth = 0
+        while (above := self.parent(node)) is not None:
+            node, depth = above, depth + 1
         return depth
 
     def leaves(self, node: int) -> np.ndarray:
@@ -248,27 +232,20 @@ class Hierarchy:
         Args:
             nodes: leaves or other nodes, at least one. A single node is its own ancestor.
 
-        Returns:
-            The node.
-
-        Raises:
-            ValueError: no nodes, or a number that is no node.
-
         Example:
             >>> tree = Hierarchy.from_distances(torch.tensor([[1.0, 4.0], [2.0, 4.0], [5.0, 4.0]]))
             >>> node = tree.lowest_common_ancestor([0, 2])
             >>> node, int(tree.proxies[node])
             (4, 1)
         """
-        heap = sorted({self._node(node) for node in nodes})
-        if not heap:
+        chosen = [self._node(node) for node in nodes]
+        if not chosen:
             raise ValueError("nodes must hold at least one node, got none")
-        # A parent has the larger number: lift the smallest until all have met.
-        while len(heap) > 1:
-            above = int(self.parents[heapq.heappop(heap)])
-            if above not in heap:
-                heapq.heappush(heap, above)
-        return heap[0]
+        start, stop = self.spans[chosen, 0].min(), self.spans[chosen, 1].max()
+        ancestor = max(chosen)
+        while self.spans[ancestor, 0] > start or self.spans[ancestor, 1] < stop:
+            ancestor = int(self.parents[ancestor])
+        return ancestor
 
     def cut(self, num_groups: int | None = None, *, height: float | None = None) -> np.ndarray:
         """Cut the tree into groups of leaves.
@@ -280,9 +257,6 @@ class Hierarchy:
 
         Returns:
             Group of each leaf, shape ``(num_leaves,)``, numbered from 0 by first appearance.
-
-        Raises:
-            TypeError, ValueError: none or both given; ``num_groups`` below 1 or above the number of leaves.
 
         Example:
             >>> tree = Hierarchy.from_distances(torch.tensor([[1.0, 4.0], [2.0, 4.0], [5.0, 4.0]]))
@@ -319,9 +293,6 @@ class Hierarchy:
         Returns:
             The inner node of smallest height that contains each embedding, the root if none does, shape ``(M,)``.
 
-        Raises:
-            ValueError: the distances are not a matrix without NaN, or lack columns; the tree has no proxies.
-
         Example:
             >>> tree = Hierarchy.from_distances(torch.tensor([[1.0, 4.0], [2.0, 4.0], [5.0, 4.0]]))
             >>> tree.lowest_containing_node(torch.tensor([[1.5, 9.0], [3.0, 3.0]]))
@@ -342,15 +313,10 @@ class Hierarchy:
         nodes: np.ndarray = held.argmax(1) + self.num_leaves
         return nodes
 
-    # --- export ---------------------------------------------------------------------------------------------
-
     def to_linkage(self) -> np.ndarray:
-        """The tree as a SciPy linkage matrix, which ``scipy.cluster.hierarchy.dendrogram`` draws.
+        """The tree as a SciPy linkage matrix, shape ``(num_leaves - 1, 4)``.
 
         A node with more than two children becomes several merges of the same height.
-
-        Returns:
-            Float array of shape ``(num_leaves - 1, 4)``: the two clusters, their height, their leaves.
 
         Example:
             >>> Hierarchy.from_distances(torch.tensor([[1.0, 4.0], [2.0, 4.0], [5.0, 4.0]])).to_linkage()
@@ -373,9 +339,6 @@ class Hierarchy:
 
         Nodes have the attributes ``height``, ``proxy`` and, leaves with labels, ``label``; edges have the
         attribute ``length``, the difference of the heights.
-
-        Raises:
-            ImportError: networkx is not installed.
         """
         try:
             import networkx
@@ -397,13 +360,14 @@ class Hierarchy:
             names: name of each leaf; default its label, if all are different, else its number. Inner nodes are
                 named after their proxies.
 
-        Returns:
-            One line that ends with a semicolon.
-
-        Raises:
-            ValueError: not one name for each leaf.
         """
-        parts = _newick_names(names, self)
+        if names is None:
+            names = [str(label) for label in ([] if self.leaf_labels is None else self.leaf_labels.tolist())]
+            if len(set(names)) < self.num_leaves:
+                names = [str(leaf) for leaf in range(self.num_leaves)]
+        elif len(names) != self.num_leaves:
+            raise ValueError(f"names must be {self.num_leaves}, one for each leaf, got {len(names)}")
+        parts = [name if name.isdecimal() else "'" + str(name).replace("'", "''") + "'" for name in names]
         for node in range(self.num_leaves, self.num_nodes):
             below = (
                 f"{parts[child]}:{float(self.heights[node] - self.heights[child])!r}"
@@ -425,9 +389,6 @@ class Hierarchy:
     def from_json(cls, text: str) -> "Hierarchy":
         """Read what `to_json` wrote.
 
-        Raises:
-            ValueError: the text is not JSON, or not that of a tree.
-
         Example:
             >>> tree = Hierarchy.from_distances(torch.tensor([[1.0, 4.0], [2.0, 4.0], [5.0, 4.0]]))
             >>> Hierarchy.from_json(tree.to_json()) == tree
@@ -438,8 +399,6 @@ class Hierarchy:
         if not isinstance(fields, dict) or set(fields) != expected:
             raise ValueError(f"text must be a JSON object with the fields {sorted(expected)}, as of to_json")
         return cls(**fields)
-
-    # --- derived --------------------------------------------------------------------------------------------
 
     def _node(self, node: Any) -> int:
         """The node, as a Python number, if it is one."""
@@ -484,18 +443,8 @@ class Hierarchy:
         return order
 
 
-# --- helpers ------------------------------------------------------------------------------------------------
-
-
-def _check_leaves(samples: int, proxies: int, labels: Any, per_class: bool) -> tuple[Any, Any]:
-    """Labels of the leaves (or ``None``) and, per class, the leaf of each sample; raise if there is no tree."""
-    values: Any = None if labels is None else _labels(labels, samples)
-    if per_class and values is None:
-        raise ValueError("labels must be given when per_class is True: they say which samples make a leaf")
-    leaves, index, kind = samples, None, "samples"
-    if per_class:
-        values, index = np.unique(values, return_inverse=True)
-        leaves, kind = len(values), "classes"
+def _check_size(leaves: int, proxies: int, kind: str) -> None:
+    """Raise unless so many leaves and proxies make a tree that fits into memory."""
     if leaves < 2:
         raise ValueError(f"distances must hold at least 2 {kind} to make a tree, got {leaves}")
     if proxies < 2:
@@ -510,7 +459,6 @@ def _check_leaves(samples: int, proxies: int, labels: Any, per_class: bool) -> t
             "and per_class=True for a tree of classes, or a random subsample, for instance "
             f"embeddings[torch.randperm({leaves})[:10_000]]"
         )
-    return values, index
 
 
 def _labels(labels: Any, count: int) -> np.ndarray:
@@ -519,14 +467,3 @@ def _labels(labels: Any, count: int) -> np.ndarray:
     if values.shape != (count,):
         raise ValueError(f"labels must have shape ({count},), one for each sample, got shape {values.shape}")
     return values
-
-
-def _newick_names(names: Sequence[str] | None, tree: Hierarchy) -> list[str]:
-    """Leaf names, quoted as Newick wants it."""
-    if names is None:
-        names = [str(label) for label in ([] if tree.leaf_labels is None else tree.leaf_labels.tolist())]
-        if len(set(names)) < tree.num_leaves:
-            names = [str(leaf) for leaf in range(tree.num_leaves)]
-    elif len(names) != tree.num_leaves:
-        raise ValueError(f"names must be {tree.num_leaves}, one for each leaf, got {len(names)}")
-    return [name if name.isdecimal() else "'" + str(name).replace("'", "''") + "'" for name in names]

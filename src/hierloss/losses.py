@@ -1,9 +1,8 @@
 """The HIER regularizer as a PML loss."""
 
-import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -17,84 +16,81 @@ from torch import Tensor
 from . import functional, poincare
 from ._checks import check_count, check_embeddings, check_labels, check_number, check_temperature
 from .distances import PoincareDistance
-from .gradient_ratio import hold_gradient_ratio
+from .gradient_ratio import RatioReports, hold_gradient_ratio
 from .hierarchy import Hierarchy
 from .miners import ReciprocalNeighborMiner
+from .optimizer_watch import OptimizerWatch
+from .proxies import UnsizedParameter, is_unsized, proxies_from_data, random_proxies, set_size
 
 __all__ = ["HIERLoss"]
 
-_FORGOTTEN_AFTER = 100
-"""Updates of the model without one of the proxies after which `HIERLoss` warns."""
-
-_LARGE_RATIO_AFTER = 100
-"""Backward passes in a row with a gradient larger than all others' after which `HIERLoss` warns."""
+STATISTICS = (
+    *("sample_loss", "proxy_loss", "num_triplets", "fraction_active", "num_ancestors", "fraction_clipped"),
+    "unscaled_gradient_ratio",
+)
+"""What ``collect_stats`` records; see the attributes of `HIERLoss`."""
 
 _CHUNK_ROWS = 4096
 """Embeddings that are mapped to the ball at a time where there may be a whole data set of them."""
 
 
 class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
-    r"""Hierarchical regularizer: learns proxies on the Poincaré ball that act as ancestors of the embeddings.
+    r"""The HIER regularizer: learns proxies on the Poincaré ball that are ancestors of the embeddings.
 
-    Add it to any metric learning loss:
+    Add it to any metric learning loss, and give its parameters, the proxies, to the optimizer:
 
-        losses.MultipleLosses([losses.ProxyAnchorLoss(100, 128), HIERLoss()])
+        loss_func = losses.MultipleLosses([losses.ProxyAnchorLoss(100, 128), HIERLoss()])
+        optimizer = torch.optim.Adam([*model.parameters(), *loss_func.parameters()])
 
-    `PoincareDistance` maps embeddings and proxies, both Euclidean vectors, to the ball. Triplets :math:`(i, j, k)`
-    whose ``i`` and ``j`` are reciprocal neighbours are drawn among the embeddings of the batch, and likewise among
-    the proxies. The lowest common ancestor of a set is a proxy, drawn with the Gumbel-max trick from
-    :math:`\mathrm{softmax}_p(-\max_a d(a, \rho_p) / \tau)`. The loss of a triplet pulls the ancestor of the pair,
-    :math:`\rho_{ij}`, nearer to the pair than the ancestor of all three, :math:`\rho_{ijk}`, and pushes it away
-    from ``k``:
+    A `PoincareDistance` maps embeddings and proxies, which are Euclidean vectors, to the ball. Triplets
+    :math:`(i, j, k)`, of which ``i`` and ``j`` are reciprocal neighbours, are drawn among the embeddings of the
+    batch, and likewise among the proxies. The lowest common ancestor of a set is a proxy, drawn by the Gumbel-max
+    trick from :math:`\mathrm{softmax}_p(-\max_a d(a, \rho_p) / \tau)`. The loss of a triplet moves the pair's
+    ancestor :math:`\rho_{ij}` nearer to the pair than :math:`\rho_{ijk}`, the ancestor of all three, and away from
+    ``k``:
 
     .. math:: [d(i, \rho_{ij}) - d(i, \rho_{ijk}) + m]_+ + [d(j, \rho_{ij}) - d(j, \rho_{ijk}) + m]_+
         + [d(k, \rho_{ijk}) - d(k, \rho_{ij}) + m]_+
 
     It is 0 where both are the same proxy. HIER is the mean over the triplets of embeddings (``sample_loss``,
-    reduction type ``triplet``) plus the mean over the triplets of proxies (``proxy_loss``). Eval mode draws no
-    random numbers: it takes the most probable ancestors and evenly spread triplets.
+    reduction type ``triplet``) plus the mean over the triplets of proxies (``proxy_loss``). Eval mode is not
+    random: ancestors are the most probable ones, and triplets are evenly spread.
 
-    The proxies are parameters of the loss: **give them to the optimizer**,
-    ``torch.optim.Adam([*model.parameters(), *loss_func.parameters()])``. Random numbers come from torch's default
-    generators.
-
-    Called as any PML loss, ``loss_func(embeddings, labels)``, with embeddings ``(N, D)`` of any floating dtype and
-    labels ``(N,)`` or ``None``; returns a scalar, at least float32. `MultipleLosses` hands one ``indices_tuple``
-    to all its losses; HIERLoss ignores it, because it mines its own triplets. ``miner`` changes them.
+    It is called as any PML loss, with embeddings ``(N, D)`` of any floating dtype and labels ``(N,)`` or ``None``.
+    It returns a scalar, at least float32. It ignores the ``indices_tuple`` that `MultipleLosses` gives to all its
+    losses, and mines its own triplets. Random numbers come from torch's default generators.
 
     Args:
         num_proxies: number of hierarchical proxies ``P``, 512 in the paper. Time grows faster than linearly with
             it: take fewer on a CPU or for few classes, 64 for instance, or set ``proxy_batch_size``.
         embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. An optimizer built
-            before that batch still trains the proxies. Give it where the sizes of the parameters must be known
-            earlier: ``numel()``, ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``,
-            ``torch.compile(fullgraph=True)``.
-        margin: ``m``.
-        temperature: :math:`\tau` of the distribution of ancestors.
+            before that batch still trains the proxies. Give it where the size of parameters is needed earlier:
+            ``numel()``, ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``, ``torch.compile``.
+        margin: ``m``, a hyperbolic distance.
+        temperature: :math:`\tau` of the distribution of ancestors, a hyperbolic distance.
         miner: miner of the triplets of embeddings, default `ReciprocalNeighborMiner`. Any other PML miner is
             called with embeddings (or the features of `neighbors_from`) and labels.
-        proxy_miner: a `ReciprocalNeighborMiner`, whose ``num_neighbors`` and ``triplets_per_anchor`` hold for the
-            triplets of proxies. Default: ``miner``, or the default miner if ``miner`` is of another class.
-        proxy_batch_size: draw the triplets of proxies among this many proxies, drawn anew in every step; ``None``
-            for all. It bounds time and memory for a large ``num_proxies``. Ancestors are still chosen from all.
+        proxy_miner: a `ReciprocalNeighborMiner` with the settings for the triplets of proxies. Default: ``miner``,
+            or the default miner if ``miner`` is of another class.
+        proxy_batch_size: draw the triplets of proxies among this many proxies, drawn anew in every step, ``None``
+            for all. It bounds time and memory for a large ``num_proxies``. Ancestors are chosen from all proxies.
         gradient_ratio: norm of HIER's gradient at the embeddings, relative to the norm of all other gradients that
             reach the same embeddings in the same backward pass; see `hierloss.gradient_ratio`. Weights of
-            `MultipleLosses` then act on the gradient of the proxies only. ``None`` scales nothing: the weight is
+            `MultipleLosses` then change the gradient of the proxies only. ``None``: no scaling, and the weight is
             the paper's :math:`\lambda`.
         **kwargs: PML's options: ``distance`` (a `PoincareDistance`, which holds the curvature), ``reducer``,
             ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
     Attributes:
         proxies: the parameter, tangent vectors at the origin, shape ``(P, D)``.
-        sample_loss: mean loss of the triplets of embeddings. This and the following with ``collect_stats``, of the
-            last batch.
+        sample_loss: mean loss of the triplets of embeddings. This and the following are set with
+            ``collect_stats``, for the last batch.
         proxy_loss: mean loss of the triplets of proxies.
         num_triplets: triplets of embeddings and proxies.
-        fraction_active: the share of them with a loss above 0.
-        num_ancestors: how many different proxies were drawn as ancestors.
-        fraction_clipped: the share of embeddings at the clip radius.
-        unscaled_gradient_ratio: norm of HIER's gradient at the embeddings before ``gradient_ratio`` scales it,
-            relative to all others'; set by the backward pass.
+        fraction_active: share of the triplets with a loss above 0.
+        num_ancestors: number of different proxies drawn as ancestors.
+        fraction_clipped: share of the embeddings at the clip radius.
+        unscaled_gradient_ratio: the ratio of the gradients before scaling; set by the backward pass.
 
     Raises:
         TypeError, ValueError: an argument is not what is described above; embeddings of another width than the
@@ -102,9 +98,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     Example:
         >>> from pytorch_metric_learning import losses
-        >>> loss_func = losses.MultipleLosses(
-        ...     [losses.ProxyAnchorLoss(num_classes=10, embedding_size=64), HIERLoss()]
-        ... )
+        >>> base = losses.ProxyAnchorLoss(num_classes=10, embedding_size=64)
+        >>> loss_func = losses.MultipleLosses([base, HIERLoss()])
         >>> embeddings, labels = torch.randn(32, 64, requires_grad=True), torch.arange(32) % 10
         >>> loss_func(embeddings, labels).backward()
 
@@ -136,7 +131,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self.margin = check_number("margin", margin, positive=False)
         self.temperature = check_temperature(temperature)
         self.miner: BaseMiner = ReciprocalNeighborMiner(distance=self.distance) if miner is None else miner
-        _check_miner(self.miner, self.distance)
+        if not isinstance(self.miner, BaseMiner):
+            raise TypeError(f"miner must be a miner of pytorch_metric_learning, got {type(miner).__name__}")
+        if isinstance(self.miner, ReciprocalNeighborMiner):
+            self.miner.check_distance(self.distance)
         if not (proxy_miner is None or isinstance(proxy_miner, ReciprocalNeighborMiner)):
             raise TypeError(
                 f"proxy_miner must be a hierloss.ReciprocalNeighborMiner, got {type(proxy_miner).__name__}"
@@ -149,45 +147,27 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             check_number("gradient_ratio", gradient_ratio, positive=False)
         self.gradient_ratio = gradient_ratio
         with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
-            self.proxies = _UnsizedParameter()
+            self.proxies = UnsizedParameter()
         self._features_of_threads: dict[int, Tensor] = {}
-        self._watch_from_here()
-        self._reported_alone = self._reported_large_ratio = False
-        self._backwards_with_large_ratio = 0
+        self._watch = OptimizerWatch()
+        self._reports = RatioReports()
         if embedding_size is not None:
-            self._create_proxies(check_count("embedding_size", embedding_size))
+            self._size_proxies(check_count("embedding_size", embedding_size))
         self.add_to_recordable_attributes(
             list_of_names=["num_proxies", "margin", "temperature", "gradient_ratio"], is_stat=False
         )
-        self.add_to_recordable_attributes(
-            list_of_names=[
-                "sample_loss",
-                "proxy_loss",
-                "num_triplets",
-                "fraction_active",
-                "num_ancestors",
-                "fraction_clipped",
-                "unscaled_gradient_ratio",
-            ],
-            is_stat=True,
-        )
+        self.add_to_recordable_attributes(list_of_names=list(STATISTICS), is_stat=True)
 
     @property
     def embedding_size(self) -> int | None:
         """Width of the proxies, ``None`` before the first batch if it was not given."""
-        return None if self._is_lazy else self.proxies.shape[1]
-
-    @property
-    def _is_lazy(self) -> bool:
-        return self.proxies.data.ndim != 2  # a parameter moved to the meta device forgets its class
+        return None if is_unsized(self.proxies) else self.proxies.shape[1]
 
     def get_default_distance(self) -> PoincareDistance:
         return PoincareDistance()
 
     def _sub_loss_names(self) -> list[str]:
         return ["sample_loss", "proxy_loss"]
-
-    # --- the loss -------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -199,19 +179,16 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         *,
         neighbor_features: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch.
+        """The loss of a batch, a scalar.
 
         Args:
             embeddings: outputs of the network, shape ``(N, D)``, neither normalized nor mapped to the ball (unless
                 the distance says that they are). Values that are not finite give a loss that is not.
             labels: shape ``(N,)``, or ``None``.
-            indices_tuple: ignored, HIER mines its own triplets.
+            indices_tuple: ignored.
             ref_emb: not supported.
             ref_labels: not supported.
             neighbor_features: as in `neighbors_from`, for this call.
-
-        Returns:
-            The reduced loss, a scalar.
         """
         if ref_emb is not None or ref_labels is not None:
             raise ValueError(
@@ -229,18 +206,18 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             check_embeddings("neighbor_features", neighbor_features)
             if len(neighbor_features) != len(embeddings):
                 raise ValueError(
-                    f"neighbor_features must have shape ({len(embeddings)}, F), one row for each embedding, got "
-                    f"shape {tuple(neighbor_features.shape)}; gather the features as well where "
-                    "DistributedLossWrapper gathers the embeddings"
+                    f"neighbor_features must have shape ({len(embeddings)}, F), a row for each embedding, got "
+                    f"shape {tuple(neighbor_features.shape)}; where embeddings are gathered, gather features too"
                 )
-        if self._is_lazy:
-            self._create_proxies(embeddings.shape[1], embeddings)
+        if self.embedding_size is None:
+            self._size_proxies(embeddings.shape[1], embeddings)
         if self.proxies.device != embeddings.device:
             raise ValueError(
                 f"embeddings are on {embeddings.device}, but the proxies of HIERLoss on {self.proxies.device}; "
                 f'call loss_func.to("{embeddings.device}") before the optimizer is built'
             )
-        self._watch_optimizer(embeddings)
+        if self.training:
+            self._watch.check(self.proxies, embeddings)
         with torch.autocast(embeddings.device.type, enabled=False):
             # PML hands its third argument, the indices_tuple, to compute_loss untouched.
             loss: Tensor = super().forward(self._hold_gradient_ratio(embeddings), labels, neighbor_features)
@@ -258,8 +235,12 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             distances = distances + (neighbor_features.detach() * 0).sum().to(distances)
         sample_triplets, sample_valid = self._mine(embeddings, points, labels, neighbor_features)
         among_proxies = distances[batch_size:, proxy_batch].detach()
-        mined = self._miner_of_proxies().sample(among_proxies, random=self.training)
-        proxy_triplets, proxy_valid = _drop_invalid(mined)
+        proxy_miner = next(
+            (m for m in (self.proxy_miner, self.miner) if isinstance(m, ReciprocalNeighborMiner)),
+            ReciprocalNeighborMiner(distance=self.distance),
+        )
+        mined = proxy_miner.sample(among_proxies, random=self.training)
+        proxy_triplets, proxy_valid = functional.drop_invalid(mined)
         triplets = torch.cat([sample_triplets, proxy_triplets + batch_size], 1)
         losses, drawn = functional.hierarchical_triplet_loss(
             distances,
@@ -270,8 +251,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             noise=None if self.training else distances.new_zeros(()).expand(2, triplets.shape[1], len(ancestors)),
         )
         sample_losses, proxy_losses = losses.split([sample_triplets.shape[1], proxy_triplets.shape[1]])
-        sample_losses = _mean_is_over_valid(sample_losses, sample_valid)
-        proxy_loss = _mean_is_over_valid(proxy_losses, proxy_valid).mean()
+        sample_losses = functional.mean_over_valid(sample_losses, sample_valid)
+        proxy_loss = functional.mean_over_valid(proxy_losses, proxy_valid).mean()
         if self.collect_stats:
             self.sample_loss, self.proxy_loss = float(sample_losses.detach().mean()), float(proxy_loss.detach())
             self._set_stats(embeddings, losses.detach(), drawn, torch.cat([sample_valid, proxy_valid]))
@@ -298,13 +279,6 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             return torch.randperm(self.num_proxies, device=device)[:size]
         return torch.arange(size, device=device) * self.num_proxies // size
 
-    def _miner_of_proxies(self) -> ReciprocalNeighborMiner:
-        """The miner whose settings hold for the triplets of proxies."""
-        for miner in (self.proxy_miner, self.miner):
-            if isinstance(miner, ReciprocalNeighborMiner):
-                return miner
-        return ReciprocalNeighborMiner(distance=self.distance)
-
     @torch.no_grad()
     def _mine(
         self, embeddings: Tensor, points: Tensor, labels: Tensor | None, features: Tensor | None
@@ -312,15 +286,14 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         """Triplets of embeddings, ``(3, T)``, and which of them are valid, ``(T,)``."""
         if isinstance(self.miner, ReciprocalNeighborMiner):
             if features is not None:
-                near = _euclidean(features.to(embeddings.device))
+                near = functional.euclidean_distances(features.to(embeddings.device))
             elif isinstance(self.miner.distance, PoincareDistance):  # the same ball as the loss's
                 near = self._distances(points, points, embeddings)
             else:
                 near = self.miner.distance(embeddings)
-            # Fixed shapes, unlike what a PML miner returns: the CPU never waits for the GPU. A mean can leave the
-            # invalid triplets out by itself; other reducers need the list without them.
+            # A mean can leave invalid triplets out by itself; other reducers need the list without them.
             mined = self.miner.sample(near, labels, random=self.training)
-            return _drop_invalid(mined, wait=not self._sample_loss_is_averaged())
+            return functional.drop_invalid(mined, synchronize=not self._sample_loss_is_averaged())
         if labels is None:
             raise ValueError(f"labels are None, but the miner {type(self.miner).__name__} needs them")
         mined = self.miner(embeddings.detach() if features is None else features.to(embeddings.device), labels)
@@ -343,24 +316,20 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if self.distance.normalize_embeddings and radius is not None:
             self.fraction_clipped = float((embeddings.detach().norm(dim=1) >= radius).float().mean())
 
-    # --- neighbours among other features --------------------------------------------------------------------
-
     @contextmanager
     def neighbors_from(self, features: Tensor) -> Iterator[None]:
-        """Let this loss find neighbours among other features than the embeddings, within a ``with`` block.
+        """Find neighbours by Euclidean distances of other features than the embeddings, in a ``with`` block.
 
-        Features of a frozen backbone, for instance, do not move while the embeddings are trained. Neighbours are
-        then found by the Euclidean distances of the features; the labels count as before. The block holds for
-        calls of this loss in this thread, directly or within `MultipleLosses`. Blocks can be nested; the inner one
-        holds.
+        Features of a frozen backbone, for instance, do not change during the training. The labels count as before.
+        The block holds for calls of this loss in this thread, directly or within `MultipleLosses`. Of nested
+        blocks the inner one holds.
 
         Args:
-            features: shape ``(N, F)``, a row for each embedding of the batch, in the same order. No gradient
-                flows to them.
+            features: shape ``(N, F)``, a row for each embedding of the batch, in the same order. They get no
+                gradient.
 
         Raises:
-            TypeError, ValueError: the features are not a floating point matrix; or, by the loss, they do not have
-                one row for each embedding.
+            TypeError, ValueError: not a floating point matrix; when the loss is called, another number of rows.
 
         Example:
             >>> from pytorch_metric_learning import losses
@@ -381,8 +350,6 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             if before is not None:
                 self._features_of_threads[thread] = before
 
-    # --- the gradient at the embeddings ---------------------------------------------------------------------
-
     def _hold_gradient_ratio(self, embeddings: Tensor) -> Tensor:
         """The embeddings, at least float32, whose gradient has the ratio that was asked for, or is measured."""
         if self.gradient_ratio is None and not self.collect_stats:
@@ -391,37 +358,13 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             embeddings,
             self.gradient_ratio,
             on_ratio=self._record_ratio if self.collect_stats else None,
-            on_alone=None if self.gradient_ratio is None else self._report_alone,
+            on_alone=None if self.gradient_ratio is None else partial(self._reports.alone, self.gradient_ratio),
         )
 
     def _record_ratio(self, ratio: Tensor) -> None:
         self.unscaled_gradient_ratio = float(ratio)
-        large = self.gradient_ratio is None and self.unscaled_gradient_ratio > 1
-        self._backwards_with_large_ratio = self._backwards_with_large_ratio + 1 if large else 0
-        if self._backwards_with_large_ratio == _LARGE_RATIO_AFTER and not self._reported_large_ratio:
-            self._reported_large_ratio = True
-            warnings.warn(
-                "the gradient of HIERLoss at the embeddings was larger than that of all other losses in "
-                f"{_LARGE_RATIO_AFTER} backward passes in a row ({self.unscaled_gradient_ratio:.2g} times, in the "
-                "last one), which can stop the base loss from learning; use HIERLoss(gradient_ratio=0.3), or a "
-                "smaller weight",
-                stacklevel=6,  # the line that calls backward()
-            )
-
-    def _report_alone(self) -> None:
-        if not self._reported_alone:
-            self._reported_alone = True
-            warnings.warn(
-                f"gradient_ratio={self.gradient_ratio} had no effect: no other gradient reached the tensor of "
-                "embeddings that HIERLoss was called with. Give the same tensor to all losses, and call "
-                "backward() once for their sum: "
-                "losses.MultipleLosses([base, hier])(embeddings, labels).backward(). "
-                "Make copies such as embeddings.float() once, before both losses; DistributedLossWrapper makes a "
-                "copy for each loss. If HIERLoss is your only loss, pass gradient_ratio=None",
-                stacklevel=6,  # the line that calls backward()
-            )
-
-    # --- distances from proxies, and the hierarchy ----------------------------------------------------------
+        if self.gradient_ratio is None:
+            self._reports.large(self.unscaled_gradient_ratio)
 
     def proxy_distances(self, embeddings: Tensor) -> Tensor:
         r"""Distances of embeddings from the proxies, :math:`d(x_i, \rho_p)`.
@@ -433,14 +376,13 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             Distances of shape ``(N, P)``, at least float32.
 
         Raises:
-            RuntimeError: the loss has seen no batch, so that it has no proxies yet.
-            TypeError, ValueError: embeddings of another width than the proxies.
+            RuntimeError: the loss has no proxies before its first batch, unless ``embedding_size`` was given.
 
         Example:
             >>> hier = HIERLoss(num_proxies=64, embedding_size=16)
             >>> nearest_proxy = hier.proxy_distances(torch.randn(200, 16)).argmin(1)
         """
-        if self._is_lazy:
+        if self.embedding_size is None:
             raise RuntimeError(
                 "HIERLoss has no proxies before its first batch; train it, load a state_dict, or give "
                 "embedding_size"
@@ -461,11 +403,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             per_class: one leaf for each class instead of each embedding; needs labels.
 
         Returns:
-            A `Hierarchy`, see `Hierarchy.from_distances`.
-
-        Raises:
-            RuntimeError: the loss has seen no batch, so that it has no proxies yet.
-            TypeError, ValueError: embeddings or labels that do not fit, or too many leaves.
+            A `Hierarchy`, see `Hierarchy.from_distances`, also for the errors.
 
         Example:
             >>> hier = HIERLoss(num_proxies=64, embedding_size=16)
@@ -475,18 +413,15 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         """
         return Hierarchy.from_distances(self.proxy_distances(embeddings), labels, per_class=per_class)
 
-    # --- proxies --------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def init_proxies(self, embeddings: Tensor) -> None:
-        r"""Initialize the proxies from data: embeddings, pulled towards the origin by random factors.
+        r"""Initialize the proxies from data: embeddings, scaled towards the origin by random factors.
 
         .. math:: \rho_p = u_p \cdot \mathrm{clip}_r(v_{i(p)}), \qquad u_p \sim U(0, 1)
 
         with ``i(p)`` drawn without replacement as long as there are enough embeddings. Every region of the data
-        then has proxies above it, specific ones near it and general ones near the origin; the random directions of
-        the default initialization are almost orthogonal to the data. docs/hierarchy.md shows the difference. Call
-        it once, after the first epoch. An optimizer that has the proxies keeps them.
+        then has proxies above it; the random directions of the default initialization are almost orthogonal to the
+        data. Call it once, after the first epoch. An optimizer that has the proxies keeps them.
 
         Args:
             embeddings: shape ``(N, D)``, as they go into the loss, of some thousand training samples.
@@ -497,45 +432,22 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         Example:
             >>> hier = HIERLoss(num_proxies=64)
             >>> hier.init_proxies(torch.randn(1000, 16))
-            >>> hier.proxies.shape
-            torch.Size([64, 16])
         """
         check_embeddings("embeddings", embeddings, self.embedding_size)
-        if not bool(torch.isfinite(embeddings).all()):
-            raise ValueError("embeddings must be finite, got NaN or infinity")
-        v = embeddings if self.distance.normalize_embeddings else poincare.log_map0(embeddings, self.distance.c)
-        rounds = -(-self.num_proxies // len(v))
-        chosen = torch.cat([torch.randperm(len(v), device=v.device) for _ in range(rounds)])[: self.num_proxies]
-        factors = torch.rand(self.num_proxies, 1, device=v.device)
-        if self._is_lazy:
-            self._create_proxies(embeddings.shape[1], embeddings)
-        self.proxies.copy_(poincare.clip_norm(v[chosen], self.distance.clip_radius) * factors)
-        self._watch_from_here()
+        values = proxies_from_data(self.num_proxies, embeddings, self.distance)
+        if self.embedding_size is None:
+            self._size_proxies(embeddings.shape[1], embeddings)
+        self.proxies.copy_(values)
+        self._watch.restart()
 
-    def _create_proxies(self, embedding_size: int, like: Tensor | None = None) -> None:
-        """Size the proxies, on the device of ``like``, and initialize them at random."""
-        radius = self.distance.clip_radius
-        if radius is None:
-            radius = poincare.as_number(self.distance.c) ** -0.5  # where the exponential map begins to saturate
+    def _size_proxies(self, embedding_size: int, like: Tensor | None = None) -> None:
+        """Initialize the proxies at random, on the device of ``like`` and in its dtype if that is float64."""
         device = self.proxies.data.device if like is None else like.device
-        self._set_proxies(
-            torch.randn(self.num_proxies, embedding_size, device=device)
-            * (0.9 * radius / math.sqrt(embedding_size)),
-            torch.float64 if like is not None and like.dtype == torch.float64 else self.proxies.data.dtype,
-        )
-
-    def _set_proxies(self, values: Tensor, dtype: torch.dtype) -> None:
-        """Give the proxies their size and values; in one step, so that an error leaves them as they were."""
-        if "meta" in (values.device.type, self.proxies.data.device.type):
-            raise RuntimeError("embedding_size must be given to a HIERLoss on the meta device, got None")
-        # The first batch may come in inference mode: a sanity check before training, for instance.
-        with torch.inference_mode(False), torch.no_grad():
-            data = values.to(dtype, copy=True)
-            self.proxies.materialize(data.shape, device=data.device, dtype=dtype)
-            self.proxies.data = data
+        dtype = torch.float64 if like is not None and like.dtype == torch.float64 else self.proxies.data.dtype
+        set_size(self.proxies, random_proxies(self.num_proxies, embedding_size, self.distance, device), dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self._is_lazy:  # a tensor without columns says that there is nothing to load yet
+        if self.embedding_size is None:  # a tensor without columns says that there is nothing to load yet
             destination[prefix + "proxies"] = torch.empty(self.num_proxies, 0)
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -555,103 +467,14 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 return
             if shape[1] == 0:
                 return
-            if self._is_lazy:
+            if own is None:
                 dtype = torch.float64 if saved.dtype == torch.float64 else self.proxies.data.dtype
-                self._set_proxies(saved.to(self.proxies.data.device), dtype)
+                set_size(self.proxies, saved.to(self.proxies.data.device), dtype)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-        self._watch_from_here()
-
-    def _watch_from_here(self) -> None:
-        """Begin to count updates of the model without one of the proxies."""
-        self._updates_without_proxies: int | None = 0
-        self._versions: tuple[int, int | None] | None = None
-
-    def _watch_optimizer(self, embeddings: Tensor) -> None:
-        """Warn once if an optimizer updates the model and none ever updates the proxies."""
-        if self._updates_without_proxies is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        if not (self.training and self.proxies.requires_grad):
-            return
-        model = _first_version(embeddings)
-        if model is None and self.proxies.grad is None:
-            return
-        # An update in place raises the version of a parameter, which costs nothing to read.
-        if self._versions is None:
-            self._start = self.proxies.detach().sum()
-        elif self._versions[0] != self.proxies._version:
-            self._updates_without_proxies = None
-            return
-        elif model is None or self._versions[1] != model:  # without a model, each step counts
-            self._updates_without_proxies += 1
-        self._versions = self.proxies._version, model
-        if self._updates_without_proxies == _FORGOTTEN_AFTER:
-            self._updates_without_proxies = None
-            # Some optimizers write to .data, which leaves the version as it was.
-            if torch.equal(self.proxies.detach().sum(), self._start):
-                warnings.warn(
-                    f"the proxies of HIERLoss did not change in {_FORGOTTEN_AFTER} training steps: no optimizer "
-                    "has them. Build it with the parameters of both, "
-                    "torch.optim.Adam([*model.parameters(), *loss_func.parameters()]); in a trainer of PML it is "
-                    "the metric_loss_optimizer",
-                    stacklevel=5,  # the line that calls the loss
-                )
+        self._watch.restart()
 
     def extra_repr(self) -> str:
         return (
             f"num_proxies={self.num_proxies}, embedding_size={self.embedding_size}, margin={self.margin:g}, "
             f"temperature={self.temperature:g}, gradient_ratio={self.gradient_ratio}"
         )
-
-
-class _UnsizedParameter(torch.nn.UninitializedParameter):
-    """A parameter without a size, which can be frozen before it has one."""
-
-    def requires_grad_(self, requires_grad: bool = True) -> "_UnsizedParameter":
-        self.requires_grad = requires_grad
-        return self
-
-
-def _check_miner(miner: Any, distance: PoincareDistance) -> None:
-    """Raise unless the miner is one of PML's, and uses the same ball as the loss."""
-    if not isinstance(miner, BaseMiner):
-        raise TypeError(f"miner must be a miner of pytorch_metric_learning, got {type(miner).__name__}")
-    own = miner.distance
-    if not isinstance(miner, ReciprocalNeighborMiner) or not isinstance(own, PoincareDistance):
-        return
-    for name in ("curvature", "clip_radius", "normalize_embeddings"):
-        if getattr(own, name) != getattr(distance, name):
-            raise ValueError(
-                f"the distances of miner and loss must agree, got {own} and {distance}; "
-                "pass the same distance= to both"
-            )
-
-
-def _euclidean(features: Tensor) -> Tensor:
-    """Distances of all pairs of features, by matrix products: centred and in float64, they rank all but copies."""
-    features = poincare.working(features.detach())
-    features = features - features.mean(0)
-    return torch.cdist(features, features, compute_mode="use_mm_for_euclid_dist")
-
-
-def _drop_invalid(mined: tuple[Tensor, Tensor, Tensor, Tensor], wait: bool = False) -> tuple[Tensor, Tensor]:
-    """Triplets ``(3, T)`` and whether they are valid, ``(T,)``.
-
-    The invalid ones are left out on a CPU, or if the result is worth a synchronization; unless all are invalid.
-    """
-    triplets, valid = torch.stack(mined[:3]), mined[3]
-    if (wait or functional.shapes_may_depend_on_values(valid)) and valid.any():
-        return triplets[:, valid], valid[valid]
-    return triplets, valid
-
-
-def _mean_is_over_valid(losses: Tensor, valid: Tensor) -> Tensor:
-    """Scale the losses so that their mean is the mean over the valid ones, 0 if there is none."""
-    return losses * (valid * (len(valid) / valid.sum().clamp_min(1)))
-
-
-def _first_version(embeddings: Tensor) -> int | None:
-    """The version of a parameter that the embeddings depend on, ``None`` if there is none."""
-    node = embeddings.grad_fn
-    while node is not None and not hasattr(node, "variable"):  # a node that accumulates has its variable
-        node = next((above for above, _ in node.next_functions if above is not None), None)
-    return None if node is None else node.variable._version

@@ -3,9 +3,12 @@ r"""How good a hierarchy, or a ranking, is against a known taxonomy.
 Conventions of this file
     - A tree is a `Hierarchy` or a SciPy linkage matrix; its ``N`` leaves are in the order of the labels.
     - ``labels`` has shape ``(N,)``. A taxonomy is a matrix ``(N, L)`` with one column for each level, **from
-      fine to coarse**; two samples with equal fine labels are taken to agree on the coarser levels as well.
-    - Labels and matrices are tensors or arrays; results are Python numbers, and larger is better except for
-      `delta_hyperbolicity`.
+      fine to coarse**; samples with equal fine labels are taken to agree on the coarser levels as well. A vector
+      ``(N,)`` is a taxonomy of one level.
+    - ``distances`` are those of all pairs, shape ``(N, N)``; the diagonal is not used. Each sample is a query, and
+      ranks all others; equal distances rank in the order of the samples.
+    - Labels and matrices are tensors or arrays; results are Python numbers, and larger is better. Other shapes
+      raise a `ValueError`.
 """
 
 import math
@@ -13,14 +16,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from ._checks import check_count, check_number, to_numpy
 from .hierarchy import Hierarchy
 
 __all__ = [
     "ami_per_level",
-    "delta_hyperbolicity",
     "dendrogram_purity",
     "hierarchical_average_precision",
     "hierarchical_recall_at_k",
@@ -30,28 +31,21 @@ _CHUNK_CELLS = 2**22
 """Cells of a matrix that are worked on at a time: 32 MB in float64."""
 
 
-# --- trees --------------------------------------------------------------------------------------------------
-
-
 def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
     r"""How pure the subtrees are that join leaves of the same class.
 
     .. math:: \mathrm{DP} = \frac{1}{|W|} \sum_{(i, j) \in W}
         \frac{|\mathrm{lvs}(\mathrm{lca}(i, j)) \cap C(i)|}{|\mathrm{lvs}(\mathrm{lca}(i, j))|}
 
-    over all pairs ``W`` of leaves of one class: 1 if and only if every class is a subtree. Exact, also for
-    nodes with many children, in time and memory ``O(N * classes)`` at most. Merges of a linkage matrix at the
-    same height, one below the other, count as one node.
+    over all pairs ``W`` of leaves of one class: 1 if and only if every class is a subtree. Exact, in time
+    ``O(N * classes)``. Merges of a linkage matrix at the same height, one below the other, count as one node.
 
     Args:
         tree: over ``N`` leaves.
-        labels: shape ``(N,)``.
+        labels: shape ``(N,)``; at least two leaves have the same label.
 
     Returns:
         A number in (0, 1].
-
-    Raises:
-        ValueError: the labels do not fit the tree, or no two leaves have the same one.
 
     Example:
         >>> tree = Hierarchy([3, 3, 4, 4, -1], [0, 0, 0, 1, 2], [0, 0, 0, 0, 1])
@@ -85,13 +79,10 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
 
     Args:
         tree: over ``N`` leaves.
-        taxonomy: shape ``(N, L)``, from fine to coarse, or ``(N,)`` for a single level.
+        taxonomy: shape ``(N, L)``, from fine to coarse.
 
     Returns:
         One score for each level.
-
-    Raises:
-        ValueError: the taxonomy does not fit the tree.
 
     Example:
         >>> tree = Hierarchy([4, 4, 5, 5, 6, 6, -1], [0, 0, 0, 0, 1, 2, 3], [0] * 7)
@@ -101,7 +92,7 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
     Source: Vinh, Epps, Bailey, "Information theoretic measures for clusterings comparison" (JMLR 2010), by
     ``sklearn.metrics.adjusted_mutual_info_score``.
     """
-    # PML brings scikit-learn. Its import takes a while, and new versions draw from Python's generator meanwhile.
+    # Its import takes a while, and new versions draw from Python's generator meanwhile.
     from sklearn.metrics import adjusted_mutual_info_score
 
     tree = _tree(tree)
@@ -109,26 +100,18 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
     return [float(adjusted_mutual_info_score(level, tree.cut(int(level.max()) + 1))) for level in levels.T]
 
 
-# --- rankings -----------------------------------------------------------------------------------------------
-
-
 def hierarchical_recall_at_k(distances: Any, taxonomy: Any, k: int = 1) -> list[float]:
-    """Recall@k at each level of a taxonomy, among the samples themselves.
+    """Recall@k at each level: the share of samples with the same label among their ``k`` nearest others.
 
-    The share of the samples of which at least one of the ``k`` nearest others has the same label at that
-    level. Samples that are alone in their class at a level do not count for it. Equal distances rank in the
-    order of the samples.
+    Samples that are alone in their class at a level do not count for it.
 
     Args:
-        distances: of all pairs, shape ``(N, N)``; the diagonal is not used.
-        taxonomy: shape ``(N, L)``, from fine to coarse, or ``(N,)`` for a single level.
-        k: number of neighbours.
+        distances: shape ``(N, N)``.
+        taxonomy: shape ``(N, L)``, from fine to coarse.
+        k: number of neighbours, at most ``N - 1``.
 
     Returns:
         One share for each level; NaN for a level where all are alone.
-
-    Raises:
-        TypeError, ValueError: the shapes do not fit; ``k`` is not a whole number from 1 to ``N - 1``.
 
     Example:
         >>> distances = torch.tensor([[0.0], [1.0], [2.5], [3.0]])
@@ -164,19 +147,15 @@ def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float =
         \frac{\sum_{j: \mathrm{rank}(j) \le \mathrm{rank}(k)} \min(\mathrm{rel}(j), \mathrm{rel}(k))}
         {\mathrm{rank}(k)}
 
-    Every other sample is ranked, the query itself left out; equal distances rank in the order of the samples.
     Queries with nothing relevant do not count. With one level, this is the mean average precision.
 
     Args:
-        distances: of all pairs, shape ``(N, N)``; the diagonal is not used.
-        taxonomy: shape ``(N, L)``, from fine to coarse, or ``(N,)`` for a single level.
-        alpha: how much the finer levels count more; 0 gives all levels the same sum of relevances.
+        distances: shape ``(N, N)``.
+        taxonomy: shape ``(N, L)``, from fine to coarse.
+        alpha: how much the finer levels count more, at least 0; 0 gives all levels the same sum of relevances.
 
     Returns:
         A number in [0, 1], 1 if all rankings go from fine matches to coarse ones.
-
-    Raises:
-        TypeError, ValueError: the shapes do not fit; ``alpha`` is negative; no query has anything relevant.
 
     Example:
         >>> points = torch.tensor([[0.0], [1.0], [5.0], [6.5]])
@@ -209,62 +188,6 @@ def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float =
     if not len(found):
         raise ValueError("taxonomy must give some sample another of its class, got none with anything relevant")
     return float(found.mean())
-
-
-# --- geometry -----------------------------------------------------------------------------------------------
-
-
-def delta_hyperbolicity(
-    distances: Any,
-    *,
-    relative: bool = True,
-    max_samples: int = 1500,
-) -> float:
-    r"""Gromov's delta: how far distances are from those of a tree. 0 for a tree; smaller is more tree-like.
-
-    With the Gromov product :math:`(x|y) = \frac12 (d(x, w) + d(y, w) - d(x, y))` about the base point ``w``,
-    the first sample,
-
-    .. math:: \delta = \max_{x, y, z} \min\{(x|z), (z|y)\} - (x|y),
-
-    by a matrix product in which sum and product are replaced by max and min. Another base point changes delta
-    by a factor of 2 at most. The relative value is :math:`2\delta / \mathrm{diameter}`, in [0, 1].
-
-    Args:
-        distances: of all pairs, shape ``(N, N)``, a metric.
-        relative: ``True`` for the relative value, ``False`` for delta in the units of the distances.
-        max_samples: if there are more samples, as many are drawn by torch's default generator; time grows with the
-            cube.
-
-    Returns:
-        The value. 0 where all distances are 0.
-
-    Raises:
-        TypeError, ValueError: the matrix is not square or not finite.
-
-    Example:
-        >>> square = torch.tensor([[0.0, 1, 2, 1], [1, 0, 1, 2], [2, 1, 0, 1], [1, 2, 1, 0]])
-        >>> delta_hyperbolicity(square, relative=False), delta_hyperbolicity(square)
-        (1.0, 1.0)
-
-    Source: Fournier, Ismail, Vigneron, "Computing the Gromov hyperbolicity of a discrete metric space" (2015)
-    for the product; Khrulkov et al., "Hyperbolic Image Embeddings" (CVPR 2020) for the relative value.
-    """
-    matrix = torch.from_numpy(_square(distances))
-    if len(matrix) > check_count("max_samples", max_samples, minimum=2):
-        chosen = torch.randperm(len(matrix))[:max_samples]
-        matrix = matrix[chosen][:, chosen]
-    diameter = float(matrix.max())
-    if diameter == 0:
-        return 0.0
-    products = (matrix[:, :1] + matrix[:1] - matrix) / 2
-    delta = 0.0
-    for row in products:
-        delta = max(delta, float((torch.minimum(row, products).amax(1) - row).max()))
-    return 2 * delta / diameter if relative else delta
-
-
-# --- checks -------------------------------------------------------------------------------------------------
 
 
 def _tree(tree: Hierarchy | np.ndarray) -> Hierarchy:

@@ -2,11 +2,10 @@ r"""The Poincaré ball: maps, distances, and the lift to the hyperboloid. Pure f
 
 Conventions of this file
     - ``c > 0`` is a number or a tensor of one element; the curvature is ``-c``, the radius ``1 / sqrt(c)``.
-    - ``x, y`` are points on the ball, ``u, v`` tangent vectors at the origin, of shape ``(..., D)``;
-      pairwise functions take ``(..., N, D)`` and ``(..., M, D)`` and return ``(..., N, M)``.
-    - Coordinates are worked on in float64, because the boundary is where float32 runs out of digits: a row
-      costs little, and what costs (the ``(N, M)`` part) is stored in the result's dtype. Devices without
-      float64 (Apple's MPS) work in float32.
+    - ``x, y`` are points on the ball, ``v`` tangent vectors at the origin, of shape ``(..., D)``. Points on or
+      outside the boundary are projected inside first.
+    - Coordinates are computed in float64, because float32 has too few digits near the boundary. The ``(N, M)``
+      part, which costs time, is stored in the dtype of the result. Devices without float64 use float32.
     - Results have the dtype of the input, and at least float32.
 
 Sources: Ganea, Bécigneul, Hofmann, "Hyperbolic Neural Networks" (2018) for the maps; Ratcliffe, "Foundations
@@ -25,7 +24,6 @@ __all__ = [
     "clip_norm",
     "distance",
     "exp_map0",
-    "from_hyperboloid",
     "lift_queries",
     "lift_references",
     "log_map0",
@@ -39,41 +37,40 @@ _CHUNK_CELLS = 2**19
 """Cells of a distance matrix that are worked on at a time: 4 MB in float64."""
 
 
-# --- epsilons: every one that the package needs -------------------------------------------------------------
+# --- epsilons -----------------------------------------------------------------------------------------------
 
 
 def boundary_eps(dtype: torch.dtype) -> float:
-    """How far inside the boundary a point is kept, as a share of the radius: 4 units in the last place.
+    """Distance from the boundary at which points are held, as a share of the radius: 4 units in the last place.
 
-    Rounding the coordinates of a point moves its norm by at most half a unit, so a point kept this far
-    inside stays inside, and ``1 - c|x|^2`` stays positive.
+    Rounding moves a norm by at most half a unit, so these points stay inside and ``1 - c|x|^2`` stays positive.
     """
     return 4 * torch.finfo(dtype).eps
 
 
 def min_norm(dtype: torch.dtype) -> float:
-    """The norm below which a vector is taken as 0: the cube root of the smallest normal number.
+    """The norm below which a vector counts as 0: the cube root of the smallest normal number.
 
-    Differentiating a norm twice divides by its cube, which of any larger norm is still a normal number.
+    The second derivative of a norm divides by its cube.
     """
     return float(torch.finfo(dtype).tiny ** (1 / 3))
 
 
 def linear_norm(dtype: torch.dtype) -> float:
-    """The norm ``n`` below which ``tanh(n) / n`` is taken as 1: half the square root of the precision.
+    """The norm ``n`` below which ``tanh(n) / n`` is set to 1: half the square root of the precision.
 
-    The ratio is 0 / 0 at the origin; below this norm it equals 1 in every digit, and its derivative 0. Worked out,
-    the derivative would be a rounding error of ``eps / n``, and the second one of ``eps / n^2``.
+    The ratio is 0 / 0 at the origin. Below this norm it equals 1 in every digit, and its derivatives would be
+    rounding errors of ``eps / n`` and ``eps / n^2``.
     """
     return math.sqrt(torch.finfo(dtype).eps) / 2
 
 
 def coincident_eps(dtype: torch.dtype, dim: int) -> float:
-    """The squared distance, relative to the largest squared coordinate, below which two points are one.
+    """The squared distance, relative to the largest squared coordinate, below which two points count as equal.
 
-    It is what rounding can leave behind in `_squared_euclidean` for equal points: the remainders are
-    ``2^-grid_bits`` of the coordinates, their ``dim`` products are rounded at the dtype's precision. In
-    float64, for 128 dimensions, this makes points one that are closer than 2e-10 of the largest coordinate.
+    It is the rounding error of `_squared_euclidean` for equal points: remainders are ``2^-grid_bits`` of the
+    coordinates, and their ``dim`` products are rounded. In float64, for 128 dimensions, points closer than 2e-10
+    of the largest coordinate count as equal.
     """
     return 4 * dim * torch.finfo(dtype).eps * 2.0 ** -_grid_bits(dtype, dim)
 
@@ -96,7 +93,7 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def working(x: Tensor) -> Tensor:
-    """``x`` in the dtype that coordinates are worked on in."""
+    """``x`` in the dtype that coordinates are computed in."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
@@ -116,7 +113,7 @@ def _sqrt(c: float | Tensor, like: Tensor) -> Tensor:
         if c.numel() != 1:
             raise ValueError(f"c must have one element, one curvature for all points, got shape {tuple(c.shape)}")
         root: Tensor = c.to(like.dtype).reshape(()).sqrt()
-        return root + 0 * root  # NaN if infinite: a ball without inside must not pass for one point
+        return root + 0 * root  # NaN if c is infinite: such a ball has no points
     return torch.full((), math.sqrt(check_number("c", c)), dtype=like.dtype, device=like.device)
 
 
@@ -135,14 +132,11 @@ def _lorentz_factor(x: Tensor) -> Tensor:
 
 
 def clip_norm(v: Tensor, radius: float | None) -> Tensor:
-    """Scale the rows of ``v`` that are longer than ``radius`` back to it: ``v * min(1, radius / |v|)``.
+    """Limit the norms of the rows: ``v * min(1, radius / |v|)``.
 
     Args:
-        v: tensor of shape ``(..., D)``.
-        radius: largest Euclidean norm of a row, or ``None`` for no limit.
-
-    Returns:
-        A tensor like ``v``, at least float32.
+        v: vectors of shape ``(..., D)``.
+        radius: the largest norm, ``None`` for no limit.
 
     Example:
         >>> clip_norm(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0)
@@ -159,14 +153,14 @@ def clip_norm(v: Tensor, radius: float | None) -> Tensor:
 
 
 def project(x: Tensor, c: float | Tensor) -> Tensor:
-    """Pull points on or outside the boundary back inside; points inside are returned as they came.
+    """Move points on or outside the boundary inside; points inside do not change.
 
     Args:
-        x: tensor of shape ``(..., D)``.
-        c: minus the curvature, positive.
+        x: points of shape ``(..., D)``.
+        c: minus the curvature.
 
     Returns:
-        A tensor like ``x``, at least float32, with ``sqrt(c)|x| <= 1 - boundary_eps``.
+        Points with ``sqrt(c)|x| <= 1 - boundary_eps``.
 
     Example:
         >>> project(torch.tensor([[2.0, 0.0], [0.5, 0.0]]), c=1.0)
@@ -185,19 +179,17 @@ def _inside(norm: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def exp_map0(v: Tensor, c: float | Tensor, clip_radius: float | None = None) -> Tensor:
-    r"""Exponential map at the origin: a Euclidean vector becomes a point of the ball.
+    r"""Exponential map at the origin, from Euclidean vectors to points at hyperbolic distance ``2|v|`` from it.
 
     .. math:: \exp_0(v) = \tanh(\sqrt c\,|v|) \frac{v}{\sqrt c\,|v|}
 
-    The hyperbolic distance of the result from the origin is ``2|v|``.
-
     Args:
         v: tangent vectors of shape ``(..., D)``.
-        c: minus the curvature, positive.
-        clip_radius: clip the norms of ``v`` to it first, see `clip_norm`.
+        c: minus the curvature.
+        clip_radius: limit the norms of ``v`` to it first, see `clip_norm`.
 
     Returns:
-        Points of shape ``(..., D)``, strictly inside the ball in their own dtype (at least float32).
+        Points of shape ``(..., D)``, strictly inside the ball in their own dtype.
 
     Example:
         >>> exp_map0(torch.tensor([[1.0, 0.0]]), c=1.0)
@@ -218,11 +210,8 @@ def log_map0(x: Tensor, c: float | Tensor) -> Tensor:
     .. math:: \log_0(x) = \operatorname{artanh}(\sqrt c\,|x|) \frac{x}{\sqrt c\,|x|}
 
     Args:
-        x: points of shape ``(..., D)``; those on or outside the boundary are projected first.
-        c: minus the curvature, positive.
-
-    Returns:
-        Tangent vectors of shape ``(..., D)``, at least float32.
+        x: points of shape ``(..., D)``.
+        c: minus the curvature.
 
     Example:
         >>> log_map0(exp_map0(torch.tensor([[0.3, -0.4]]), c=0.1), c=0.1)
@@ -251,15 +240,15 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
     .. math:: d(x, y) = \frac{2}{\sqrt c} \operatorname{arsinh}
         \frac{\sqrt c\,|x - y|}{\sqrt{(1 - c|x|^2)(1 - c|y|^2)}}
 
-    Points on or outside the boundary are projected first. The gradient at coincident points is 0.
+    The gradient at coincident points is 0.
 
     Args:
         x: points of shape ``(..., D)``.
         y: points of a shape that broadcasts with ``x``.
-        c: minus the curvature, positive.
+        c: minus the curvature.
 
     Returns:
-        Distances of shape ``(...)``, at least float32.
+        Distances of shape ``(...)``.
 
     Example:
         >>> x, y = torch.tensor([[0.5, 0.0]]), torch.tensor([[-0.5, 0.0]])
@@ -277,17 +266,18 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
 
 
 def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    r"""Hyperbolic distances of all pairs, at the cost of matrix products and without their cancellation.
+    r"""Hyperbolic distances of all pairs, by matrix products without their cancellation.
 
-    As exact as `distance` in float32. In float64 an error of about 1e-15 of the largest coordinate of all points
-    remains, so that points closer than about 1e-10 of it count as one, see `coincident_eps`. Memory is
-    ``O(NM)``, forward and backward.
+    Written by hand because it is better where it was measured (docs/numerics.md): geoopt's ``dist`` over all pairs
+    takes 70 times as long, ``O(NMD)`` memory, and loses all digits near the boundary; ``torch.cdist`` by matrix
+    products loses those of near pairs. This function takes ``O(NM)`` memory and is as exact as `distance` in
+    float32. In float64, points closer than about 1e-10 of the largest coordinate count as equal.
 
     Args:
         x: points of shape ``(..., N, D)``.
         y: points of shape ``(..., M, D)``.
-        c: minus the curvature, positive.
-        dtype: dtype of the result; the dtype of the points, and at least float32, if ``None``.
+        c: minus the curvature.
+        dtype: dtype of the result, ``None`` for that of the points, at least float32.
 
     Returns:
         Distances of shape ``(..., N, M)``.
@@ -310,11 +300,10 @@ def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtyp
 
 
 def _squared_euclidean(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """Squared distances of all pairs from inner products, without their cancellation.
+    """Squared Euclidean distances of all pairs; ``scale`` is the largest absolute coordinate.
 
     Coordinates are split into a part on a grid so coarse that its inner products are exact, and a small
     remainder: ``|x-y|^2 = |qx-qy|^2 + (corrections with the remainders)``, and only the first term cancels.
-    ``scale`` is the largest absolute coordinate.
     """
     dim = x.shape[-1]
     digits = 1 - round(math.log2(torch.finfo(x.dtype).eps))
@@ -367,7 +356,7 @@ class _PairwiseDistance(torch.autograd.Function):
 
 
 def _largest_coordinate(x: Tensor) -> Tensor:
-    """The largest absolute coordinate; NaN is the business of its own row."""
+    """The largest absolute coordinate; a NaN affects its own row only."""
     return x.nan_to_num(nan=0.0).abs().amax() if x.numel() else x.new_zeros(())
 
 
@@ -385,15 +374,14 @@ def to_hyperboloid(x: Tensor, c: float | Tensor) -> Tensor:
 
     .. math:: s = \frac{2x}{1 - c|x|^2}, \qquad t = \frac{1}{\sqrt c} \frac{1 + c|x|^2}{1 - c|x|^2}
 
-    For lifted points, ``cosh(sqrt(c) d(x, y)) = c (t_x t_y - <s_x, s_y>)``. With the time coordinate of the
-    query negated, the nearest point is therefore the one of greatest inner product: see `lift_references`.
+    For lifted points, ``cosh(sqrt(c) d(x, y)) = c (t_x t_y - <s_x, s_y>)``.
 
     Args:
-        x: points of shape ``(..., D)``; those on or outside the boundary are projected first.
-        c: minus the curvature, positive.
+        x: points of shape ``(..., D)``.
+        c: minus the curvature.
 
     Returns:
-        Points of shape ``(..., D + 1)``, at least float32.
+        Points of shape ``(..., D + 1)``.
 
     Example:
         >>> to_hyperboloid(torch.tensor([[0.5, 0.0]]), c=1.0)
@@ -408,52 +396,27 @@ def to_hyperboloid(x: Tensor, c: float | Tensor) -> Tensor:
     return (torch.cat([2 * factor * p, time], -1) / root).to(result_dtype(x))
 
 
-def from_hyperboloid(points: Tensor, c: float | Tensor) -> Tensor:
-    r"""Bring points of the hyperboloid back to the ball, the inverse of `to_hyperboloid`.
-
-    .. math:: x = \frac{s}{1 + \sqrt c\,t}
-
-    Args:
-        points: points of shape ``(..., D + 1)`` on the hyperboloid, time last.
-        c: minus the curvature, positive.
-
-    Returns:
-        Points of the ball of shape ``(..., D)``, at least float32.
-
-    Example:
-        >>> from_hyperboloid(torch.tensor([[4 / 3, 0.0, 5 / 3]]), c=1.0)
-        tensor([[0.5000, 0.0000]])
-
-    Source: Ratcliffe, section 4.5.
-    """
-    w = working(points)
-    space, time = w[..., :-1], w[..., -1:]
-    # The zero is NaN for an infinite time, which must not pass for the origin.
-    return project((space / (1 + _sqrt(c, w) * time + 0 * time)).to(result_dtype(points)), c)
-
-
 # --- search by inner product --------------------------------------------------------------------------------
 
 
 def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = None) -> Tensor:
-    r"""Vectors to store where search is by inner product: in FAISS, or in a vector database.
+    r"""Vectors to store for hyperbolic search by inner product, in FAISS or a vector database.
 
     .. math:: y' = \left(s_y,\; t_y,\; \sqrt{L^2 - |s_y|^2 - t_y^2}\right), \qquad
         \langle x'', y' \rangle = -\cosh(\sqrt c\,d(x, y))
 
-    with ``(s, t)`` of `to_hyperboloid` and ``x''`` of `lift_queries`. The inner product falls as the distance
-    grows, so the references of greatest inner product are the nearest ones: maximum inner product search is
-    hyperbolic search. The last coordinate meets a 0 in every query. It gives all vectors the length ``L``,
-    for graphs of neighbours such as HNSW, which link vectors by the same inner product.
+    with ``(s, t)`` of `to_hyperboloid` and ``x''`` of `lift_queries`. The references of greatest inner product are
+    the nearest ones. The last coordinate is multiplied by 0 in every query; it gives all vectors the same length
+    ``L``, for graphs of neighbours such as HNSW, which link vectors by their inner product.
 
     Args:
-        x: points of shape ``(..., D)``; those on or outside the boundary are projected first.
-        c: minus the curvature, positive.
-        max_distance: largest distance from the origin of all points that will be stored together, if they do not
-            come in one call: ``2 * clip_radius`` for embeddings of a `PoincareDistance`. From ``x`` if ``None``.
+        x: points of shape ``(..., D)``.
+        c: minus the curvature.
+        max_distance: largest distance from the origin of all points that are stored together, if they come in
+            several calls: ``2 * clip_radius`` for embeddings of a `PoincareDistance`. ``None``: that of ``x``.
 
     Returns:
-        Vectors of shape ``(..., D + 2)``, at least float32.
+        Vectors of shape ``(..., D + 2)``.
 
     Example:
         >>> references, query = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.8, 0.0]]), torch.tensor([[0.6, 0.0]])
@@ -479,19 +442,19 @@ def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = N
 
 
 def lift_queries(x: Tensor, c: float | Tensor) -> Tensor:
-    r"""Vectors to ask with where `lift_references` are stored.
+    r"""Vectors to search with where `lift_references` are stored.
 
     .. math:: x'' = c\,(s_x,\; -t_x,\; 0), \qquad \langle x'', y' \rangle = -\cosh(\sqrt c\,d(x, y))
 
-    From a score, the distance is ``arcosh(-score) / sqrt(c)``. Scores in float32 lose it for near pairs, and far
-    from the origin for all: take a few more candidates than needed, and order them by `distance`.
+    The distance is ``arcosh(-score) / sqrt(c)``. Float32 scores have too few digits for near pairs, and far from
+    the origin for all: take more candidates than needed, and order them by `distance`.
 
     Args:
-        x: points of shape ``(..., D)``; those on or outside the boundary are projected first.
-        c: minus the curvature, positive.
+        x: points of shape ``(..., D)``.
+        c: minus the curvature.
 
     Returns:
-        Vectors of shape ``(..., D + 2)``, at least float32.
+        Vectors of shape ``(..., D + 2)``.
 
     Example:
         >>> query, reference = torch.tensor([[0.6, 0.0]]), torch.tensor([[0.0, 0.0]])
@@ -530,19 +493,16 @@ class _RiemannianGradient(torch.autograd.Function):
 
 
 def riemannian_gradient(x: Tensor, c: float | Tensor) -> Tensor:
-    r"""The identity, whose backward turns the Euclidean gradient into the Riemannian one.
+    r"""The identity, whose backward pass turns the Euclidean gradient into the Riemannian one.
 
     .. math:: \nabla^{\mathrm{riem}} = \frac{(1 - c|x|^2)^2}{4} \nabla
 
-    The official HIER code passes both losses through it. ``c`` itself receives no gradient here. On the boundary
-    and outside of it the factor is 0.
+    The official HIER code applies it to both losses. ``c`` receives no gradient. The factor is 0 on the boundary
+    and outside.
 
     Args:
         x: points of shape ``(..., D)``.
-        c: minus the curvature, positive.
-
-    Returns:
-        ``x``.
+        c: minus the curvature.
 
     Example:
         >>> x = torch.zeros(1, 2, requires_grad=True)

@@ -1,0 +1,55 @@
+"""The parameter that holds the hierarchical proxies: its initialization, and its size, known or not yet known."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import poincare
+from .distances import PoincareDistance
+
+__all__ = ["UnsizedParameter", "is_unsized", "proxies_from_data", "random_proxies", "set_size"]
+
+
+class UnsizedParameter(torch.nn.UninitializedParameter):
+    """A parameter without a size, which can be frozen before it has one."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> "UnsizedParameter":
+        self.requires_grad = requires_grad
+        return self
+
+
+def is_unsized(parameter: Tensor) -> bool:
+    """Whether the parameter has no size yet."""
+    return parameter.data.ndim != 2  # a parameter moved to the meta device forgets its class
+
+
+def set_size(parameter: Any, values: Tensor, dtype: torch.dtype) -> None:
+    """Give the parameter its size and values in one step, so that an error leaves it as it was."""
+    if "meta" in (values.device.type, parameter.data.device.type):
+        raise RuntimeError("embedding_size must be given to a HIERLoss on the meta device, got None")
+    # The first batch may come in inference mode: a sanity check before training, for instance.
+    with torch.inference_mode(False), torch.no_grad():
+        data = values.to(dtype, copy=True)
+        parameter.materialize(data.shape, device=data.device, dtype=dtype)
+        parameter.data = data
+
+
+def random_proxies(count: int, size: int, distance: PoincareDistance, device: torch.device) -> Tensor:
+    """The initialization of the paper, ``normal(0, 1) * 0.9 r / sqrt(D)``: norms are about 0.9 clip radii."""
+    radius = distance.clip_radius
+    if radius is None:
+        radius = poincare.as_number(distance.c) ** -0.5  # where the exponential map begins to saturate
+    return torch.randn(count, size, device=device) * (0.9 * radius / math.sqrt(size))
+
+
+def proxies_from_data(count: int, embeddings: Tensor, distance: PoincareDistance) -> Tensor:
+    """Clipped embeddings, drawn without replacement as long as there are enough, times factors of U(0, 1)."""
+    if not bool(torch.isfinite(embeddings).all()):
+        raise ValueError("embeddings must be finite, got NaN or infinity")
+    v = embeddings if distance.normalize_embeddings else poincare.log_map0(embeddings, distance.c)
+    rounds = -(-count // len(v))
+    chosen = torch.cat([torch.randperm(len(v), device=v.device) for _ in range(rounds)])[:count]
+    factors = torch.rand(count, 1, device=v.device)
+    return poincare.clip_norm(v[chosen], distance.clip_radius) * factors
