@@ -19,12 +19,10 @@ class PoincareDistance(BaseDistance):  # type: ignore[misc]
     .. math:: d(x, y) = \frac{2}{\sqrt c} \operatorname{arsinh}
         \frac{\sqrt c\,|x - y|}{\sqrt{(1 - c|x|^2)(1 - c|y|^2)}}
 
-    Embeddings are Euclidean features by default. What PML calls normalizing is then the way onto the ball:
-    norms are clipped to ``clip_radius``, and the exponential map at the origin is applied. No embedding is
-    farther from another than ``4 * clip_radius``; 9.2 with the defaults.
-
-    Geometry is done in float64 whatever the embeddings and autocast are; the distances that come back have
-    the dtype of the embeddings, and at least float32.
+    Embeddings are Euclidean features by default. PML's normalization is then the map onto the ball: norms are
+    clipped to ``clip_radius``, and the exponential map at the origin is applied. The largest distance is ``4 *
+    clip_radius``, 9.2 by default. Coordinates are computed in float64, also under autocast; distances have the
+    dtype of the embeddings, and at least float32.
 
     Args:
         c: minus the curvature, a positive number; or a ``geoopt.PoincareBall``, also with learnable curvature
@@ -32,9 +30,6 @@ class PoincareDistance(BaseDistance):  # type: ignore[misc]
         clip_radius: largest norm of an embedding, ``None`` for no limit.
         normalize_embeddings: ``True`` for Euclidean features, ``False`` for points already on the ball.
         **kwargs: PML's options: ``power``, ``collect_stats``.
-
-    Raises:
-        TypeError, ValueError: ``c`` or ``clip_radius`` is not a positive number.
 
     Example:
         >>> from pytorch_metric_learning import losses
@@ -75,17 +70,9 @@ class PoincareDistance(BaseDistance):  # type: ignore[misc]
         return mat.to(dtype)
 
     def normalize(self, embeddings: Tensor, dim: int = -1, **_: Any) -> Tensor:
-        """Map Euclidean features to the ball, in float64 to keep all digits near the boundary.
+        """Points of the ball ``(..., D)`` in float64, from Euclidean features ``(..., D)``.
 
-        Args:
-            embeddings: features of shape ``(..., D)``.
-            dim: the last dimension; PML passes it.
-
-        Returns:
-            Points of the ball, of the same shape.
-
-        Raises:
-            ValueError: another dimension.
+        PML passes ``dim``, the last dimension; another one is a `ValueError`.
         """
         if dim not in (-1, embeddings.ndim - 1):
             raise ValueError(

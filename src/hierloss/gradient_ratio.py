@@ -3,7 +3,7 @@
 The loss reads the embeddings through an identity. In the backward pass the identity puts the gradient of the loss
 aside and passes zeros on. A hook on the embeddings runs when the gradients of all losses have been added up: it
 sees the sum of the others, scales what was put aside, and adds it. This needs no second backward pass, no wrapper
-around the losses, and no synchronization of the CPU with the GPU.
+around the losses, and no synchronization.
 """
 
 import warnings
@@ -32,19 +32,19 @@ def hold_gradient_ratio(
 
     .. math:: \nabla = h + \rho \frac{\|h\|}{\|g\|} g
 
-    with ``h`` the sum of all other gradients at the same tensor in the same backward pass, ``rho`` the ratio, and
-    Frobenius norms over the batch. A factor on all losses, of a gradient scaler for instance, changes nothing.
-    Values that are not finite stay so. If ``h`` or ``g`` is zero, ``h`` is returned. If no other loss uses the
-    tensor in a backward pass, ``g`` is passed on as it is.
+    ``h`` is the sum of all other gradients at the same tensor in the same backward pass, ``rho`` the ratio; norms
+    are Frobenius norms over the batch. A common factor of all losses, of a gradient scaler for instance, does not
+    change the ratio. Values that are not finite stay so. If ``h`` or ``g`` is zero, the result is ``h``. If no
+    other loss uses the tensor in a backward pass, the result is ``g``.
 
     Args:
-        embeddings: shape ``(N, D)``, the very tensor that the other losses use.
-        ratio: ``rho``; ``None`` leaves ``g`` as it is, and only reports.
-        on_ratio: is called in each backward pass with ``|g| / |h|`` before scaling, a 0-dim tensor.
-        on_alone: is called in each backward pass in which no other loss uses the tensor.
+        embeddings: shape ``(N, D)``, the same tensor that the other losses use.
+        ratio: ``rho``; ``None`` does not scale, and only reports.
+        on_ratio: called in each backward pass with ``|g| / |h|`` before scaling, a 0-dim tensor.
+        on_alone: called in each backward pass in which no other loss uses the tensor.
 
     Returns:
-        The same values, at least float32; the embeddings themselves if they need no gradient.
+        The same values, at least float32.
 
     Example:
         >>> embeddings = torch.tensor([[3.0, 4.0]], requires_grad=True)

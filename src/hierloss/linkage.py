@@ -14,11 +14,7 @@ def minimax_linkage(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     merge removes, from every column, the smaller of their two entries. So each column is sorted once and kept as
     a linked list, and pairs of clusters are never enumerated. Time is ``O(NP log N)``, memory ``O(NP)``.
 
-    Args:
-        rows: distances of samples from proxies, shape ``(N, P)``, finite.
-
-    Returns:
-        Merges ``(N - 1, 2)`` in the numbering of SciPy, their heights and their proxies, both ``(N - 1,)``.
+    From distances ``(N, P)``: merges ``(N - 1, 2)`` in the numbering of SciPy, their heights and their proxies.
 
     Example:
         >>> minimax_linkage(np.array([[1.0, 4.0], [2.0, 4.0], [5.0, 4.0]]))

@@ -15,22 +15,14 @@ __all__ = ["ReciprocalNeighborMiner"]
 class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
     r"""Triplets whose anchor and positive are among each other's nearest neighbours; HIER's miner.
 
-    The similarity is :math:`S_{ab} = e^{-d(a, b)}`, plus 1 where the labels are equal. ``b`` is a neighbour of
-    ``a`` if it is among the ``num_neighbors`` most similar to ``a``, where ``a`` itself counts as one. Every
-    anchor with at least two reciprocal neighbours besides itself, and at least one other point, gives
-    ``triplets_per_anchor`` triplets: positives are drawn uniformly from its reciprocal neighbours, negatives
-    uniformly from all other points. Positives and negatives may thus be of any class.
-
-    Called as any PML miner, ``miner(embeddings, labels)``, it returns ``(anchors, positives, negatives)``.
-    Random numbers come from torch's default generator.
+    Two points are neighbours if they are similar or have equal labels: `functional.reciprocal_triplets` has the
+    definition. Positives and negatives may be of any class. Called as any PML miner, ``miner(embeddings,
+    labels)``, it returns ``(anchors, positives, negatives)``. Random numbers come from torch's default generator.
 
     Args:
         num_neighbors: size of a neighbourhood, the point itself included.
         triplets_per_anchor: triplets drawn for every anchor.
         **kwargs: PML's options: ``distance`` (default `PoincareDistance`), ``collect_stats``.
-
-    Raises:
-        TypeError, ValueError: a count is not a whole number, or too small; the distance is inverted.
 
     Example:
         >>> from pytorch_metric_learning import losses

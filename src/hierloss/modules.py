@@ -1,4 +1,4 @@
-"""Layers that put a network's output on the Poincaré ball, and take it back."""
+"""Layers onto the Poincaré ball and back."""
 
 import geoopt
 import torch
@@ -16,19 +16,16 @@ class ToPoincare(torch.nn.Module):
     .. math:: x = \exp_0(v \min(1, r / |v|)), \qquad
         \exp_0(v) = \tanh(\sqrt c\,|v|) \frac{v}{\sqrt c\,|v|}
 
-    Shapes: ``(..., D)`` to ``(..., D)``. The output is at least float32, also under autocast: half precision
-    has too few digits near the boundary. Behind this layer use ``PoincareDistance(normalize_embeddings=False)`` in
-    every loss, miner and evaluator, also in `HIERLoss`; with the default, points would be mapped twice.
+    Shapes: ``(..., D)`` to ``(..., D)``. The output is at least float32, also under autocast: half precision has
+    too few digits near the boundary. Every loss, miner and evaluator behind this layer, also `HIERLoss`, needs
+    ``PoincareDistance(normalize_embeddings=False)``; otherwise points are mapped twice.
 
     Args:
         c: minus the curvature, a positive number; or a ``geoopt.PoincareBall``, also with learnable curvature.
         clip_radius: ``r``, the largest norm of an input; ``None`` for no limit. The output lies within
             hyperbolic distance ``2r`` of the origin.
-        riemannian_gradient: scale the gradient by ``(1 - c|x|^2)^2 / 4``, as the official HIER code does for
-            both losses. At the clip radius of the defaults that is a factor of 0.094.
-
-    Raises:
-        TypeError, ValueError: ``c`` or ``clip_radius`` is not a positive number.
+        riemannian_gradient: scale the gradient by ``(1 - c|x|^2)^2 / 4``, 0.094 at the default clip radius, as the
+            official HIER code does for both losses.
 
     Example:
         >>> head = torch.nn.Sequential(torch.nn.Linear(16, 8), ToPoincare(c=0.1))
@@ -36,8 +33,7 @@ class ToPoincare(torch.nn.Module):
         >>> bool((points.norm(dim=1) < 0.1**-0.5).all())
         True
 
-    Source: Guo et al., "Clipped Hyperbolic Classifiers Are Super-Hyperbolic Classifiers" (CVPR 2022);
-    Ermolov et al., "Hyperbolic Vision Transformers" (CVPR 2022).
+    Source: Guo et al., "Clipped Hyperbolic Classifiers Are Super-Hyperbolic Classifiers" (CVPR 2022).
     """
 
     def __init__(
@@ -70,13 +66,7 @@ class FromPoincare(torch.nn.Module):
 
     .. math:: v = \operatorname{artanh}(\sqrt c\,|x|) \frac{x}{\sqrt c\,|x|}
 
-    Shapes: ``(..., D)`` to ``(..., D)``.
-
-    Args:
-        c: minus the curvature, a positive number; or a ``geoopt.PoincareBall``, also with learnable curvature.
-
-    Raises:
-        TypeError, ValueError: ``c`` is not a positive number.
+    Shapes: ``(..., D)`` to ``(..., D)``. ``c`` is as in `ToPoincare`.
 
     Example:
         >>> v = torch.tensor([[0.5, -1.0]])

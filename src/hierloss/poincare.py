@@ -8,8 +8,8 @@ Conventions of this file
       part, which costs time, is stored in the dtype of the result. Devices without float64 use float32.
     - Results have the dtype of the input, and at least float32.
 
-Sources: Ganea, Bécigneul, Hofmann, "Hyperbolic Neural Networks" (2018) for the maps; Ratcliffe, "Foundations
-of Hyperbolic Manifolds", chapter 4, for distance and hyperboloid.
+Sources: Ganea, Bécigneul, Hofmann, "Hyperbolic Neural Networks" (2018), lemma 2, for the maps; Ratcliffe,
+"Foundations of Hyperbolic Manifolds", section 4.5, for distance and hyperboloid.
 """
 
 import math
@@ -24,6 +24,7 @@ __all__ = [
     "clip_norm",
     "distance",
     "exp_map0",
+    "from_hyperboloid",
     "lift_queries",
     "lift_references",
     "log_map0",
@@ -35,9 +36,6 @@ __all__ = [
 
 _CHUNK_CELLS = 2**19
 """Cells of a distance matrix that are worked on at a time: 4 MB in float64."""
-
-
-# --- epsilons -----------------------------------------------------------------------------------------------
 
 
 def boundary_eps(dtype: torch.dtype) -> float:
@@ -79,9 +77,6 @@ def _grid_bits(dtype: torch.dtype, dim: int) -> int:
     """Bits per coordinate such that sums of ``4 * dim`` products of two coordinates are exact in ``dtype``."""
     digits = 1 - round(math.log2(torch.finfo(dtype).eps))
     return (digits - 2 - math.ceil(math.log2(max(dim, 2)))) // 2
-
-
-# --- dtypes and small helpers -------------------------------------------------------------------------------
 
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
@@ -128,9 +123,6 @@ def _lorentz_factor(x: Tensor) -> Tensor:
     return (1 - x.square().sum(-1, keepdim=True)).rsqrt()
 
 
-# --- maps ---------------------------------------------------------------------------------------------------
-
-
 def clip_norm(v: Tensor, radius: float | None) -> Tensor:
     """Limit the norms of the rows: ``v * min(1, radius / |v|)``.
 
@@ -154,10 +146,6 @@ def clip_norm(v: Tensor, radius: float | None) -> Tensor:
 
 def project(x: Tensor, c: float | Tensor) -> Tensor:
     """Move points on or outside the boundary inside; points inside do not change.
-
-    Args:
-        x: points of shape ``(..., D)``.
-        c: minus the curvature.
 
     Returns:
         Points with ``sqrt(c)|x| <= 1 - boundary_eps``.
@@ -194,8 +182,6 @@ def exp_map0(v: Tensor, c: float | Tensor, clip_radius: float | None = None) -> 
     Example:
         >>> exp_map0(torch.tensor([[1.0, 0.0]]), c=1.0)
         tensor([[0.7616, 0.0000]])
-
-    Source: Ganea et al. (2018), lemma 2.
     """
     dtype = result_dtype(v)
     w = working(v if clip_radius is None else clip_norm(working(v), clip_radius))
@@ -209,22 +195,13 @@ def log_map0(x: Tensor, c: float | Tensor) -> Tensor:
 
     .. math:: \log_0(x) = \operatorname{artanh}(\sqrt c\,|x|) \frac{x}{\sqrt c\,|x|}
 
-    Args:
-        x: points of shape ``(..., D)``.
-        c: minus the curvature.
-
     Example:
         >>> log_map0(exp_map0(torch.tensor([[0.3, -0.4]]), c=0.1), c=0.1)
         tensor([[ 0.3000, -0.4000]])
-
-    Source: Ganea et al. (2018), lemma 2.
     """
     w = working(project(x, c))
     norm = _norm(_sqrt(c, w) * w).clamp_min(linear_norm(w.dtype))
     return (w * (norm.atanh() / norm)).to(result_dtype(x))
-
-
-# --- distances ----------------------------------------------------------------------------------------------
 
 
 def _unit_ball(x: Tensor, c: float | Tensor) -> Tensor:
@@ -254,8 +231,6 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
         >>> x, y = torch.tensor([[0.5, 0.0]]), torch.tensor([[-0.5, 0.0]])
         >>> distance(x, y, c=1.0)
         tensor([2.1972])
-
-    Source: Ratcliffe, theorem 4.5.1, in the form that cancels nowhere.
     """
     p, q = _unit_ball(x, c), _unit_ball(y, c)
     squared = (p - q).square().sum(-1)
@@ -288,8 +263,8 @@ def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtyp
         tensor([[0.0000, 1.0986],
                 [1.0986, 0.0000]])
 
-    Source: as `distance`; the Gram matrix without cancellation follows Ozaki, Ogita, Oishi, Rump,
-    "Error-free transformations of matrix multiplication" (Numerical Algorithms, 2012).
+    Source: the Gram matrix without cancellation follows Ozaki, Ogita, Oishi, Rump, "Error-free transformations of
+    matrix multiplication" (Numerical Algorithms, 2012).
     """
     p = _unit_ball(x, c)
     q = p if y is x else _unit_ball(y, c)
@@ -366,9 +341,6 @@ def _row_chunks(x: Tensor, f: Tensor, width: int) -> list[tuple[Tensor, Tensor]]
     return list(zip(x.split(rows, -2), f.split(rows, -2), strict=True))
 
 
-# --- hyperboloid --------------------------------------------------------------------------------------------
-
-
 def to_hyperboloid(x: Tensor, c: float | Tensor) -> Tensor:
     r"""Lift points of the ball to the hyperboloid ``-t^2 + |s|^2 = -1/c``; the time ``t`` comes last.
 
@@ -376,18 +348,12 @@ def to_hyperboloid(x: Tensor, c: float | Tensor) -> Tensor:
 
     For lifted points, ``cosh(sqrt(c) d(x, y)) = c (t_x t_y - <s_x, s_y>)``.
 
-    Args:
-        x: points of shape ``(..., D)``.
-        c: minus the curvature.
-
     Returns:
         Points of shape ``(..., D + 1)``.
 
     Example:
         >>> to_hyperboloid(torch.tensor([[0.5, 0.0]]), c=1.0)
         tensor([[1.3333, 0.0000, 1.6667]])
-
-    Source: Ratcliffe, section 4.5 (stereographic projection).
     """
     root = _sqrt(c, working(x))
     p = _unit_ball(x, c)
@@ -396,7 +362,19 @@ def to_hyperboloid(x: Tensor, c: float | Tensor) -> Tensor:
     return (torch.cat([2 * factor * p, time], -1) / root).to(result_dtype(x))
 
 
-# --- search by inner product --------------------------------------------------------------------------------
+def from_hyperboloid(points: Tensor, c: float | Tensor) -> Tensor:
+    r"""Points of the ball ``(..., D)`` from those of the hyperboloid ``(..., D + 1)``, time last.
+
+    .. math:: x = \frac{s}{1 + \sqrt c\,t}
+
+    Example:
+        >>> from_hyperboloid(torch.tensor([[4 / 3, 0.0, 5 / 3]]), c=1.0)
+        tensor([[0.5000, 0.0000]])
+    """
+    w = working(points)
+    space, time = w[..., :-1], w[..., -1:]
+    # The zero is NaN for an infinite time, which must not give the origin.
+    return project((space / (1 + _sqrt(c, w) * time + 0 * time)).to(result_dtype(points)), c)
 
 
 def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = None) -> Tensor:
@@ -424,9 +402,8 @@ def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = N
         >>> scores.argmax(), distance(query, references, c=1.0).argmin()
         (tensor(1), tensor(1))
 
-    Source: Nickel, Kiela, "Learning Continuous Hierarchies in the Lorentz Model of Hyperbolic Geometry" (ICML
-    2018), equation 5, for the distance; Bachrach et al., "Speeding Up the Xbox Recommender System Using a
-    Euclidean Transformation for Inner-Product Spaces" (RecSys 2014) for the last coordinate.
+    Source: Nickel, Kiela, "Learning Continuous Hierarchies in the Lorentz Model" (ICML 2018), equation 5;
+    Bachrach et al., "Speeding Up the Xbox Recommender System" (RecSys 2014) for the last coordinate.
     """
     lifted = to_hyperboloid(x, c)
     squared = lifted.square().sum(-1, keepdim=True)
@@ -449,10 +426,6 @@ def lift_queries(x: Tensor, c: float | Tensor) -> Tensor:
     The distance is ``arcosh(-score) / sqrt(c)``. Float32 scores have too few digits for near pairs, and far from
     the origin for all: take more candidates than needed, and order them by `distance`.
 
-    Args:
-        x: points of shape ``(..., D)``.
-        c: minus the curvature.
-
     Returns:
         Vectors of shape ``(..., D + 2)``.
 
@@ -461,35 +434,11 @@ def lift_queries(x: Tensor, c: float | Tensor) -> Tensor:
         >>> score = lift_queries(query, c=1.0) @ lift_references(reference, c=1.0).T
         >>> (-score).acosh(), distance(query, reference, c=1.0)
         (tensor([[1.3863]]), tensor([1.3863]))
-
-    Source: as `lift_references`.
     """
     lifted = to_hyperboloid(x, c)
     c = _sqrt(c, lifted).square()
     space, time = lifted[..., :-1], lifted[..., -1:]
     return torch.cat([c * space, -c * time, torch.zeros_like(time)], -1)
-
-
-# --- gradients ----------------------------------------------------------------------------------------------
-
-
-class _RiemannianGradient(torch.autograd.Function):
-    """The identity, with the gradient scaled by the inverse metric."""
-
-    @staticmethod
-    def forward(x, root):  # type: ignore[no-untyped-def]
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, root = ctx.saved_tensors
-        w = working(x)
-        scale = (1 - (root * w).square().sum(-1, keepdim=True)).clamp_min(0).square() / 4
-        return (grad * scale).to(grad.dtype), None
 
 
 def riemannian_gradient(x: Tensor, c: float | Tensor) -> Tensor:
@@ -500,10 +449,6 @@ def riemannian_gradient(x: Tensor, c: float | Tensor) -> Tensor:
     The official HIER code applies it to both losses. ``c`` receives no gradient. The factor is 0 on the boundary
     and outside.
 
-    Args:
-        x: points of shape ``(..., D)``.
-        c: minus the curvature.
-
     Example:
         >>> x = torch.zeros(1, 2, requires_grad=True)
         >>> riemannian_gradient(x, c=1.0).sum().backward()
@@ -512,5 +457,10 @@ def riemannian_gradient(x: Tensor, c: float | Tensor) -> Tensor:
 
     Source: Nickel, Kiela, "Poincaré Embeddings for Learning Hierarchical Representations" (2017), equation 3.
     """
-    result: Tensor = _RiemannianGradient.apply(x, _sqrt(c, working(x)).detach())
-    return result
+    if not x.requires_grad:
+        return x
+    w = working(x)
+    scale = (1 - (_sqrt(c, w).detach() * w).square().sum(-1, keepdim=True)).clamp_min(0).square() / 4
+    same = x.view_as(x)
+    same.register_hook(lambda grad: (grad * scale).to(grad.dtype))
+    return same

@@ -40,30 +40,19 @@ class PoincareKNN:
 
     .. math:: \cosh(\sqrt c\,d(x, y)) = -\langle x'', y' \rangle
 
-    with ``x''`` of `poincare.lift_queries` and ``y'`` of `poincare.lift_references`. So candidates come
-    from maximum inner product search: by FAISS in float32 where it is installed and the queries are on the CPU,
-    otherwise by torch in float64, in chunks. A few more than ``k`` are taken and ordered by their distances,
-    which are computed from differences of coordinates in float64. A bound on the rounding errors of the inner
-    products then says for each query whether a nearer reference could have been missed. If so, that query is
-    searched again with more digits, and at last by all of its distances.
+    with ``x''`` of `poincare.lift_queries` and ``y'`` of `poincare.lift_references`. So candidates come from
+    maximum inner product search, by FAISS in float32 where it is installed and the queries are on the CPU,
+    otherwise by torch in float64. Some more than ``k`` are ordered by their distances in float64. A bound on the
+    rounding errors says for which queries a nearer reference could have been missed; those are searched again with
+    more digits, and at last by all of their distances. Memory is ``O((N + M) D + N k)``.
 
-    Memory is ``O((N + M) D + N k)``. Near the boundary, or where many references are equal, more queries are
-    searched again: that takes longer, and changes nothing else.
-
-    Pass it as ``knn_func`` to PML's `AccuracyCalculator` or, with `train`, `add`, `save` and `load`, to
-    `InferenceModel`. PML's testers and `InferenceModel` scale embeddings to norm 1 by default, and with that
-    remove what the norm says: give them ``normalize_embeddings=False``.
+    Pass it as ``knn_func`` to PML's `AccuracyCalculator` or `InferenceModel`. PML's testers and `InferenceModel`
+    scale embeddings to norm 1 by default: give them ``normalize_embeddings=False``.
 
     Args:
-        distance: a `PoincareDistance`, for its curvature and its way onto the ball; ``PoincareDistance()`` if
-            ``None``. Its ``power`` is not applied.
-        index: an index of FAISS other than the flat one, for approximate search: a factory string such as
-            ``"HNSW32"``, or a function from the number of dimensions to an index by inner product. Its candidates
-            are ordered exactly; what it misses stays missed.
-
-    Raises:
-        TypeError: ``distance`` is not a `PoincareDistance`, or ``index`` neither a string nor a function.
-        ModuleNotFoundError: ``index`` is given, and FAISS is not installed.
+        distance: a `PoincareDistance`, for its curvature and its map onto the ball. Its ``power`` is not applied.
+        index: an index of FAISS for approximate search: a factory string such as ``"HNSW32"``, or a function from
+            the number of dimensions to an index by inner product. Its candidates are ordered exactly.
 
     Example:
         >>> from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -101,21 +90,14 @@ class PoincareKNN:
     def __call__(
         self, query: Tensor, k: int, reference: Tensor | None = None, ref_includes_query: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The nearest references of every query, nearest first.
+        """Distances and indices of the nearest references of every query, both ``(N, k)``, nearest first.
 
         Args:
-            query: embeddings of shape ``(N, D)``.
+            query: finite embeddings of shape ``(N, D)``.
             k: number of neighbours.
-            reference: embeddings of shape ``(M, D)``; those given to `train` and `add` if ``None``.
+            reference: finite embeddings of shape ``(M, D)``; those given to `train` and `add` if ``None``.
             ref_includes_query: the first N references are the queries, and none is its own neighbour. Its
                 duplicates are.
-
-        Returns:
-            Distances, in the dtype of the embeddings and at least float32, and indices, both of shape ``(N, k)``.
-
-        Raises:
-            TypeError, ValueError: embeddings are not finite floating point matrices of one width, or there are
-                fewer references than neighbours.
         """
         _check("query", query)
         embeddings = self._embeddings if reference is None else reference
@@ -150,38 +132,22 @@ class PoincareKNN:
         return poincare._unit_ball(self.distance.maybe_normalize(embeddings, dim=1), self.distance.c)
 
     def train(self, embeddings: Tensor) -> None:
-        """Store references, in place of those stored before.
-
-        Args:
-            embeddings: references of shape ``(M, D)``.
-        """
+        """Store references ``(M, D)``, in place of those stored before."""
         _check("embeddings", embeddings)
         self._embeddings, self._prepared = embeddings.detach(), None
 
     def add(self, embeddings: Tensor) -> None:
-        """Store more references, behind those stored before.
-
-        Args:
-            embeddings: references of shape ``(M, D)``.
-        """
+        """Store more references ``(M, D)``, behind those stored before."""
         _check("embeddings", embeddings)
         stored = [] if self._embeddings is None else [self._embeddings]
         self.train(torch.cat([*stored, embeddings.detach()]))
 
     def save(self, filename: str | PathLike[str]) -> None:
-        """Write the stored references to a file.
-
-        Args:
-            filename: the file.
-        """
+        """Write the stored references to a file."""
         torch.save(self._embeddings, filename)
 
     def load(self, filename: str | PathLike[str]) -> None:
-        """Store the references that `save` wrote, in place of those stored before.
-
-        Args:
-            filename: the file.
-        """
+        """Store the references that `save` wrote, in place of those stored before."""
         self.train(torch.load(filename, weights_only=True))
 
 
@@ -267,12 +233,11 @@ class _References:
     def _decided(self, query: Tensor, distances: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
         """Whether no reference but the candidates can be as near as the k-th neighbour.
 
-        With ``t`` for times and ``d`` for the distance of the k-th neighbour: a reference as near as that has an
-        inner product of at least ``-cosh(d)``. By the triangle inequality it lies within ``d`` of the query's own
-        distance from the origin, so that its time is at most ``cosh(arcosh(t_q) + d)``; the lengths of the two
-        vectors multiply to less than ``2 t_q t``, and their inner product in floating point is off by at most
-        that times ``(D + 1)`` units in the last place, rounding of the vectors aside. If ``-cosh(d)`` is better
-        than the worst candidate by more than this error, the reference would have been a candidate.
+        Let ``t`` be times and ``d`` the distance of the k-th neighbour. A reference as near as that has an inner
+        product of at least ``-cosh(d)``. By the triangle inequality its time is at most ``cosh(arcosh(t_q) + d)``.
+        The lengths of the two vectors multiply to less than ``2 t_q t``; the error of their inner product is at
+        most that times ``(D + 1)`` units in the last place, rounding of the vectors aside. If ``-cosh(d)`` is
+        better than the worst candidate by more than this error, the reference would have been a candidate.
         """
         time, last = -query[:, -2], distances[:, -1]
         farthest = time * last.cosh() + (time.square() - 1).clamp_min(0).sqrt() * last.sinh()
