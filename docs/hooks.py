@@ -1,7 +1,13 @@
-"""Formulas of the site: TeX becomes MathML while it is built, which browsers draw without scripts or network."""
+"""Formulas of the site become MathML while it is built, which browsers draw without scripts or network.
+
+Pictures that are too wide for a phone are marked, so that style.css can let them scroll.
+"""
 
 import html
+import posixpath
 import re
+import struct
+from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
@@ -9,10 +15,19 @@ import griffe
 from latex2mathml.converter import convert
 
 
-def on_page_content(content: str, **_: Any) -> str:
+def on_page_content(content: str, page: Any, config: Any, **_: Any) -> str:
     """MkDocs calls this with each page, in which pymdownx.arithmatex has marked the formulas."""
     marked = r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
-    return re.sub(marked, lambda found: mathml(html.unescape(found[2]), found[1] == "div"), content, flags=re.S)
+    content = re.sub(marked, lambda found: mathml(html.unescape(found[2]), found[1] == "div"), content, flags=re.S)
+
+    def mark_if_wide(found: re.Match[str]) -> str:
+        file = Path(config["docs_dir"], posixpath.normpath(posixpath.join(page.url, found[1])))
+        if not file.is_file():  # MkDocs warns
+            return found[0]
+        width, height = struct.unpack(">II", file.read_bytes()[16:24])  # in the header of a PNG
+        return found[0].replace("<img", '<img class="wide"') if width > 1.6 * height else found[0]
+
+    return re.sub(r'<img [^>]*src="([^":]*\.png)"[^>]*>', mark_if_wide, content)
 
 
 def mathml(tex: str, block: bool) -> str:
