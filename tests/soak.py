@@ -1,7 +1,7 @@
 """Train for very long at a high learning rate in mixed precision, and watch what should not happen.
 
 `make soak` runs 20,000 steps each in float32, bfloat16 and float16, and prints the figures of
-docs/reliability.md; the tests run some hundred. Half-way the data change: other class centres, on which the
+CONTRIBUTING.md; the tests run some hundred. Half-way the data change: other class centres, on which the
 loss has to fall again.
 """
 
