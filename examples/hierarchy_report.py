@@ -2,16 +2,21 @@
 
 A small network learns the digits from half of scikit-learn's images, with flat labels. The tree over other images
 is then built from the learned proxies, scored by how well its subtrees separate the digits, beside trees of the
-same embeddings by other methods, and written as pictures and as a page to pan, zoom, hover over and fold.
+same embeddings by other methods, and written as pictures and as a page to hover over and fold.
+
+``--features FILE.npz`` draws the classes of other data instead, by average linkage of their mean features, without
+training: the file has ``features`` (N, D), ``label`` (N,) and superclasses (N,), whose name is ``--superclass``.
 """
 
 import argparse
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from PIL import Image
 from pytorch_metric_learning import losses
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +38,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=300, help="number of images in the tree")
     parser.add_argument("--output", type=Path, default=Path("hierarchy"), help="folder for pictures and page")
+    parser.add_argument("--features", type=Path, help="draw the classes in this .npz file instead of digits")
+    parser.add_argument("--superclass", default="family", help="name of the superclasses in that file")
     args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.features is not None:
+        draw_classes(np.load(args.features), args.superclass, args.output, args.features.stem)
+        return
     torch.manual_seed(args.seed)
 
     data, targets = load_digits(return_X_y=True)
@@ -64,14 +75,30 @@ def main() -> None:
         )
     Console().print(table)
 
-    args.output.mkdir(parents=True, exist_ok=True)
     pictures = np.repeat(np.repeat(1 - images[chosen].squeeze(1).numpy(), 4, 1), 4, 2)
     names = {digit: f"digit {digit}" for digit in range(10)}
-    for kind, plot in {"disk": plot_disk, "dendrogram": plot_dendrogram}.items():
-        plot(tree, labels=labels, class_names=names, images=pictures)
-        plt.savefig(args.output / f"{kind}.png", dpi=110, bbox_inches="tight")
-    write_html(tree, args.output / "hierarchy.html", labels=labels, class_names=names, images=pictures)
+    plot_disk(tree, labels=labels, class_names=names, images=pictures, max_leaves=100)
+    plt.savefig(args.output / "disk.png", dpi=110)
+    plot_dendrogram(tree, labels=labels, class_names=names, max_leaves=100)
+    plt.savefig(args.output / "dendrogram.png", dpi=110)
+    page = args.output / "hierarchy.html"
+    write_html(tree, page, labels=labels, class_names=names, images=pictures, max_leaves=100)
     print(f"Wrote disk.png, dendrogram.png and hierarchy.html to {args.output}")
+
+
+def draw_classes(data: Mapping[str, np.ndarray], superclass: str, folder: Path, name: str) -> None:
+    features = torch.nn.functional.normalize(torch.from_numpy(data["features"]).float()).numpy()
+    classes, first, index = np.unique(data["label"], return_index=True, return_inverse=True)
+    means = np.stack([features[index == row].mean(0) for row in range(len(classes))])
+    tree = Hierarchy.from_linkage(linkage(means, "average"))
+    names = [label.split(".")[-1].replace("_", " ") for label in classes.tolist()]
+    labels = data[superclass][first]
+    for kind, plot in {"disk": plot_disk, "dendrogram": plot_dendrogram}.items():
+        plot(tree, labels=labels, names=names)
+        plt.savefig(folder / f"{name}-{kind}.png", dpi=90)
+        Image.open(folder / f"{name}-{kind}.png").quantize().save(folder / f"{name}-{kind}.png")  # half the size
+    write_html(tree, folder / f"{name}.html", labels=labels, names=names, title=name)
+    print(f"Wrote {name}-disk.png, {name}-dendrogram.png and {name}.html to {folder}")
 
 
 def train(images: Tensor, labels: Tensor, epochs: int) -> tuple[nn.Module, HIERLoss]:

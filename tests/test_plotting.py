@@ -1,7 +1,5 @@
 """Pictures: what is drawn where; and the page, in a real browser."""
 
-import base64
-import io
 import itertools
 import math
 import re
@@ -19,11 +17,9 @@ from hierloss.hierarchy import Hierarchy
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.image import imread  # noqa: E402
 from matplotlib.offsetbox import AnnotationBbox  # noqa: E402
 
 from hierloss import _layout as layout  # noqa: E402
-from hierloss import page as html_page  # noqa: E402
 from hierloss import plotting  # noqa: E402
 
 
@@ -100,7 +96,7 @@ def test_embeddings_legend_and_axes():
     faces = {tuple(c.get_facecolor()[0]) for c in ax.collections}
     assert len(faces) == 3
     assert plotting.plot_embeddings(embeddings).get_legend() is None
-    assert len({*layout.styles()}) == 80
+    assert len({*layout.STYLES}) == 80
 
 
 def test_embeddings_errors():
@@ -201,15 +197,87 @@ def test_class_leaves_are_named_and_coloured_by_superclass():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["even", "odd"]
 
 
+def written(ax):
+    """All texts at the leaves, and the notices."""
+    return [text.get_text() for text in [*ax.texts, *ax.get_yticklabels()]]
+
+
+def overlaps(ax):
+    """How many pairs of neighbouring names overlap, by their rotated boxes as they are drawn."""
+    ax.figure.draw_without_rendering()
+    renderer = ax.figure.canvas.get_renderer()
+    texts = [t for t in [*ax.texts, *ax.get_yticklabels()] if t.get_text().startswith("name")]
+    boxes = []
+    for text in texts:
+        x, y = text.get_transform().transform(text.get_position()) if text in ax.texts else (0, 0)
+        box = text.get_window_extent(renderer)
+        size = text.get_fontsize() * ax.figure.dpi / 72
+        boxes.append((x, y) if text in ax.texts else (box.x0, (box.y0 + box.y1) / 2))
+    distances = [math.dist(a, b) / size for a, b in itertools.pairwise(sorted(boxes, key=lambda p: order(ax, p)))]
+    return sum(distance < 1 for distance in distances)
+
+
+def order(ax, point):
+    """Place along the circle, or along the axis."""
+    x, y = ax.transAxes.inverted().transform(point)
+    return math.atan2(y - 0.5, x - 0.5) if ax.get_aspect() == 1 else y
+
+
 @pytest.mark.parametrize("kind", ["disk", "dendrogram"])
 def test_names_of_many_leaves_are_thinned_with_a_notice(kind):
+    """All have room in a figure of their own; in a small one every so many is written."""
     tree, names = make_tree(200), [f"name {i}" for i in range(200)]
-    for leaves, step in ((80, 1), (200, 3)):
-        ax = DRAW[kind](tree, names=names, max_leaves=leaves)
-        texts = [t.get_text() for t in [*ax.texts, *ax.get_xticklabels()]] + [ax.get_title("right")]
-        shown = [text for text in texts if text in names or re.fullmatch(r"\d+ leaves", text)]
-        assert len(shown) == math.ceil(leaves / step)
-        assert any("1 of 3 names is shown" in text for text in texts) == (step == 3)
+    for leaves, small in ((80, False), (200, False), (200, True)):
+        ax = plt.subplots(figsize=(5, 5))[1] if small else None
+        ax = DRAW[kind](tree, names=names, max_leaves=leaves, ax=ax)
+        shown = [text for text in written(ax) if text in names or re.fullmatch(r"\d: \d+ of \d+", text)]
+        (step,) = [int(t[5]) for t in "\n".join(written(ax)).split("\n") if "names is shown" in t] or [1]
+        assert (step > 1) == small
+        assert len(shown) == leaves // step
+        assert overlaps(ax) == 0
+
+
+@pytest.mark.parametrize("kind", ["disk", "dendrogram"])
+def test_names_are_drawn_as_they_are(kind):
+    """No mathematics between dollars, no second line, no end."""
+    names = ["$x^2$ and $y$", "cost: 5$", r"a\$b", "two\nlines", "long " * 50, "_under", "7", "8"]
+    labels = ["$a$", "_b"] * 4
+    tree = make_tree(8)
+    ax = DRAW[kind](tree, names=names, labels=labels)
+    ax.figure.draw_without_rendering()
+    texts = [*ax.texts, *ax.get_yticklabels(), *ax.get_legend().get_texts()]
+    drawn = {text._preprocess_math(text.get_text()) for text in texts}
+    expected = {"$x^2$ and $y$", "cost: 5$", r"a\$b", "two lines", " _under", "$a$", " _b"}
+    assert {(text, False) for text in expected} <= drawn
+    assert max(len(text) for text, _ in drawn) <= 50
+
+
+def test_branches_have_the_colour_of_most_of_their_leaves():
+    parents, heights = [4, 4, 5, 6, 5, 6, -1], [0, 0, 0, 0, 1, 2, 3]
+    tree = Hierarchy(parents, heights, [-1] * 7, [0, 0, 1, 1])
+    edges = plotting.plot_disk(tree).collections[0].get_colors()
+    a, b = (matplotlib.colors.to_rgba(layout.STYLES[group][0]) for group in (0, 1))
+    np.testing.assert_allclose(edges, [a, a, b, b, a, a])
+    tree = Hierarchy(parents, heights, [-1] * 7, [0, 1, 0, 1])
+    links = [c for c in plotting.plot_dendrogram(tree).collections if hasattr(c, "get_segments")]
+    colors = {tuple(c.get_colors()[0]): len(c.get_segments()) for c in links}
+    assert colors == {matplotlib.colors.to_rgba(layout.GREY): 2, a: 1}
+
+
+def test_legend_of_many_groups_covers_no_picture():
+    """35 superclasses have a colour and marker each, and a legend outside the axes."""
+    tree, labels = make_tree(70), np.arange(70) % 35
+    for plot in DRAW.values():
+        ax = plot(tree, labels=labels, names=[f"a rather long name {i}" for i in range(70)])
+        ax.figure.draw_without_rendering()
+        legend, axes = ax.get_legend().get_window_extent(), ax.get_window_extent()
+        assert legend.y1 <= axes.y0 + 1 or legend.y0 >= axes.y1 - 1
+        whole = ax.figure.bbox
+        assert whole.x0 <= legend.x0 < legend.x1 <= whole.x1
+        assert whole.y0 <= legend.y0 < legend.y1 <= whole.y1
+        handles = ax.get_legend().legend_handles
+        looks = {(tuple(h.get_facecolor()[0]), h.get_paths()[0].vertices.tobytes()) for h in handles}
+        assert len(looks) == 35
 
 
 @pytest.mark.parametrize("kind", ["disk", "dendrogram"])
@@ -231,12 +299,22 @@ def test_dendrogram_has_the_heights_of_the_tree():
     tree = make_tree(15)
     ax = plotting.plot_dendrogram(tree, names=[f"n{i}" for i in range(15)])
     branches = [path for c in ax.collections if hasattr(c, "get_segments") for path in c.get_segments()]
-    tops = sorted(path[:, 1].max() for path in branches)
+    tops = sorted(path[:, 0].max() for path in branches)
     np.testing.assert_allclose(tops, np.sort(tree.heights[15:]))
-    assert sorted(label.get_text() for label in ax.get_xticklabels()) == sorted(f"n{i}" for i in range(15))
-    low, high = ax.get_ylim()
+    assert sorted(label.get_text() for label in ax.get_yticklabels()) == sorted(f"n{i}" for i in range(15))
+    high, low = ax.get_xlim()
     assert low < tree.heights[15] < tree.heights[-1] < high
-    assert plotting.plot_dendrogram(tree, images=np.zeros((15, 4, 4, 3), np.uint8)).artists
+
+
+def test_dendrogram_puts_name_and_marker_at_their_leaf():
+    tree = make_tree(15)
+    ax = plotting.plot_dendrogram(tree, names=[f"n{i}" for i in range(15)])
+    at = {label.get_position()[1]: int(label.get_text()[1:]) for label in ax.get_yticklabels()}
+    for label, points in enumerate(drawn_points(ax)):
+        assert {int(tree.leaf_labels[at[y]]) for _, y in points} == {label}
+    lowest = int(tree.children(15)[0]), int(tree.children(15)[1])
+    y = sorted(y for y, leaf in at.items() if leaf in lowest)
+    assert y[1] - y[0] == 10
 
 
 def test_plot_errors():
@@ -251,21 +329,38 @@ def test_plot_errors():
         plotting.plot_disk(tree, images=np.zeros((10, 4, 4, 7)))
     with pytest.raises(ValueError, match="max_leaves must be at least 2"):
         plotting.plot_disk(tree, max_leaves=1)
+    with pytest.raises(ValueError, match="max_leaves must be at least 2"):
+        plotting.plot_dendrogram(tree, max_leaves=1)
+    for names in (["a", "b"], np.array(["a", "b"])):  # -1 is not the last one
+        with pytest.raises(ValueError, match="class_names must have a name for each label, got none for -1"):
+            plotting.plot_disk(tree, labels=np.arange(10) % 2 - 1, class_names=names)
+    with pytest.raises(ValueError, match="class_names must have a name for each label, got none for 'x'"):
+        plotting.plot_dendrogram(tree, labels=["x"] * 10, class_names=["a", "b"])
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "plotly"])
-def test_missing_packages_are_named(package, tmp_path):
-    call = "plot_disk(tree)" if package == "matplotlib" else f"write_html(tree, {str(tmp_path / 'x.html')!r})"
+def test_missing_packages_are_named(tmp_path):
+    """In a process of its own, which has loaded none of them."""
     code = (
-        f"import sys; sys.modules[{package!r}] = None\n"
+        "import sys\n"
         "from hierloss.hierarchy import Hierarchy\n"
-        "from hierloss.plotting import plot_disk, write_html\n"
+        "from hierloss.plotting import plot_dendrogram, plot_disk, write_html\n"
         "tree = Hierarchy([2, 2, -1], [0, 0, 1], [0, 0, 0])\n"
-        f"try: {call}\n"
-        "except ImportError as error: print(error)"
+        f"page = lambda: write_html(tree, {str(tmp_path / 'x.html')!r})\n"
+        "calls = [('plotly', page), ('matplotlib', page), ('matplotlib', lambda: plot_disk(tree)),\n"
+        "         ('matplotlib', lambda: plot_dendrogram(tree)), ('scipy', lambda: plot_dendrogram(tree))]\n"
+        "for package, call in calls:\n"
+        "    loaded = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split('.')[0] == package}\n"
+        "    sys.modules[package] = None\n"
+        "    try: call()\n"
+        "    except ImportError as error: print(error)\n"
+        "    sys.modules.pop(package)\n"
+        "    sys.modules.update(loaded)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert f'need {package}: pip install "hierloss[plot]"' in done.stdout, done.stderr
+    packages = ("plotly", "matplotlib", "matplotlib", "matplotlib", "scipy")
+    expected = [f'pictures need {package}: pip install "hierloss[plot]"' for package in packages]
+    assert done.stdout.splitlines() == expected, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_images_of_all_shapes():
@@ -281,10 +376,6 @@ def test_images_of_all_shapes():
     ]:
         for image, array in zip(layout.as_images(images, 3), expected, strict=True):
             np.testing.assert_array_equal(image, array)
-            data = html_page._data_uri(image).removeprefix("data:image/png;base64,")
-            read = imread(io.BytesIO(base64.b64decode(data)))[..., :3]
-            wanted = array / 255 if array.ndim == 3 else np.repeat(array[..., None] / 255, 3, 2)
-            np.testing.assert_allclose(read, wanted, atol=1 / 255)
 
 
 # --- the page -----------------------------------------------------------------------------------------------
@@ -313,18 +404,14 @@ def browser(tmp_path_factory):
 
 
 class Page:
-    """The page in the browser, where both figures have been drawn."""
+    """The page in the browser, where the icicle has been drawn."""
 
     def __init__(self, browser, path):
         from selenium.webdriver.support.ui import WebDriverWait
 
         self.browser, self.wait = browser, WebDriverWait(browser, 60)
         browser.get(f"file://{path}")
-        self.until("return document.querySelectorAll('g.slice').length > 0")
-        self.run(
-            "[window.disk, window.icicle] = document.querySelectorAll('.plotly-graph-div');"
-            "disk.id = 'disk'; icicle.id = 'icicle'"
-        )
+        self.until("return document.querySelectorAll('#tree g.slice').length > 0")
 
     def run(self, script, *arguments):
         return self.browser.execute_script(script, *arguments)
@@ -333,56 +420,105 @@ class Page:
         self.wait.until(lambda _: self.run(script, *arguments))
 
 
-@pytest.fixture
-def page(browser, tmp_path):
+EVIL = '<a href="https://example.org">leaf {}</a> $x^2$ &amp; <img src=x onerror="window.evil = 1">{{}}'
+
+
+@pytest.fixture(scope="module")
+def written_page(tmp_path_factory):
     tree = make_tree(40)
-    images = np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), dtype=np.uint8)
+    look = {
+        "images": np.random.default_rng(0).integers(0, 256, (40, 6, 6, 3), dtype=np.uint8),
+        "names": [EVIL.format(i) for i in range(40)],
+        "class_names": ["a", "<b>b</b>", "c", "</svg><script>window.evil = 1</script>"],
+    }
+    path = tmp_path_factory.mktemp("page") / "tree.html"
     texts = [f"</script><b>text {i}</b>" for i in range(40)]
-    names = [f'<a href="https://example.org">leaf {i}</a>' for i in range(40)]
-    path = tmp_path / "tree.html"
-    classes = ["a", "<b>b</b>", "c", "d"]
-    plotting.write_html(tree, path, images=images, texts=texts, names=names, class_names=classes, title="A <tree>")
-    return tree, images, Page(browser, path)
+    plotting.write_html(tree, path, texts=texts, title="A <tree> {}", **look)
+    return tree, look, path
+
+
+@pytest.fixture
+def page(browser, written_page):
+    tree, look, path = written_page
+    return tree, look, Page(browser, path)
 
 
 def test_page_draws_the_tree_of_python(page, browser):
-    tree, images, shown = page
-    points, _ = layout.sarkar(tree)
-    drawn = shown.run(
-        "return disk._fullData.filter(t => (t.mode || '').includes('markers'))"
-        ".flatMap(t => Array.from(t.x, (x, i) => [x, t.y[i]]))"
-    )
-    expected = sorted([round(z.real, 6), round(z.imag, 6)] for z in points)
-    np.testing.assert_allclose(sorted([round(x, 6), round(y, 6)] for x, y in drawn), expected, atol=2e-6)
-    assert browser.title == "A <tree>"
-    assert browser.find_element("tag name", "h1").text == "A <tree>"
+    tree, _, shown = page
+    assert browser.title == "A <tree> {}"
+    assert browser.find_element("tag name", "h2").text == "A <tree> {}"
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     assert shown.run("return performance.getEntriesByType('resource').some(e => /^http/.test(e.name))") is False
-    parents = shown.run("return icicle._fullData[0].parents")
-    assert parents == ["" if parent < 0 else str(parent) for parent in tree.parents]
-    sources = shown.run("return disk.layout.images.map(image => image.source)")
-    for source, image in zip(sources, images, strict=True):
-        read = imread(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))[..., :3]
-        np.testing.assert_allclose(read * 255, image, atol=1)
+    drawn = shown.run("const {parents, values, ids} = tree._fullData[0]; return {parents, values, ids}")
+    assert drawn["parents"] == ["" if parent < 0 else str(parent) for parent in tree.parents]
+    assert drawn["ids"] == [str(node) for node in range(tree.num_nodes)]
+    assert drawn["values"] == tree.sizes.tolist()
+    assert len(browser.find_elements("css selector", "#disk svg image")) == 40
+
+
+def test_page_has_the_very_picture_of_plot_disk(page, browser):
+    """The points of the edges and the colours of the markers, in the units of the picture."""
+    tree, look, shown = page
+    ax = plotting.plot_disk(tree, **look)
+    ax.figure.dpi = 72
+    ax.figure.draw_without_rendering()
+    height = ax.figure.bbox.height
+    expected = [ax.transData.transform(edge)[[0, -1]] for edge in ax.collections[0].get_segments()]
+    paths = shown.run(
+        "return Array.from(document.querySelectorAll('#disk [id^=LineCollection_] path'), p => ["
+        "p.getPointAtLength(0), p.getPointAtLength(p.getTotalLength())].map(q => [q.x, q.y]))"
+    )
+    found = {tuple(np.round(np.ravel(path), 0)) for path in paths}
+    for edge in expected:
+        edge = edge * [1, -1] + [0, height]
+        assert any(np.abs(np.ravel(edge) - path).max() < 1.5 for path in found)
+    assert len(paths) == 2 * tree.num_leaves + (tree.num_nodes - tree.num_leaves - 1)  # edges, and lines to images
 
 
 def test_page_shows_names_as_text_and_never_as_markup(page, browser):
-    _, _, shown = page
-    assert not browser.find_elements("css selector", "svg a")
-    texts = shown.run("return Array.from(document.querySelectorAll('#disk .textpoint'), e => e.textContent)")
-    assert sorted(texts) == sorted(f'<a href="https://example.org">leaf {i}</a>' for i in range(40))
-    legend = shown.run("return Array.from(document.querySelectorAll('.legendtext'), e => e.textContent)")
-    assert legend == ["a", "<b>b</b>", "c", "d"]
-    hover = shown.run("return icicle._fullData[0].hovertext[7]")
+    _, look, shown = page
+    for selector in ("#disk a", "#tree a", "img", "#disk script", "#disk b"):
+        assert not browser.find_elements("css selector", selector), selector
+    assert shown.run("return window.evil === undefined")
+    texts = shown.run("return Array.from(document.querySelectorAll('#disk text'), e => e.textContent)")
+    assert {name[:39] + "…" for name in look["names"]} <= set(texts)
+    assert {"a", "<b>b</b>", "c", "</svg><script>window.evil = 1</script>"} <= set(texts)
+    hover = shown.run("return tree._fullData[0].hovertext[7]")
     assert "&lt;/script&gt;&lt;b&gt;text 7" in hover
+    assert "&lt;a href" in shown.run("return tree._fullData[0].labels[7]")
+
+
+def hovered(shown, node):
+    """The text that plotly shows while the mouse is over a bar."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    bars = shown.browser.find_elements("css selector", "#tree g.slice")
+    ids = shown.run("return Array.from(document.querySelectorAll('#tree g.slice'), e => e.__data__.data.data.id)")
+    ActionChains(shown.browser).move_to_element(bars[ids.index(str(node))]).perform()
+    shown.until("return document.querySelectorAll('#tree .hovertext').length == 1")
+    lines = "return Array.from(document.querySelectorAll('#tree .hovertext .nums tspan'), e => e.textContent)"
+    return shown.run(lines) or [shown.run("return document.querySelector('#tree .hovertext .nums').textContent")]
+
+
+def test_page_hover_shows_what_is_known(browser, tmp_path):
+    tree = Hierarchy([4, 4, 5, 6, 5, 6, -1], [0, 0, 0, 0, 1, 2, 3.25], [0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 1])
+    path = tmp_path / "tree.html"
+    names, texts = ["n<0>", "n1", "n2", "n3"], ["t<b>0</b>", "t1", "t2", "t3"]
+    plotting.write_html(tree, path, names=names, texts=texts, class_names=["A", "B<br>"])
+    shown = Page(browser, path)
+    assert hovered(shown, 0) == ["n<0>", "A", "t<b>0</b>"]
+    assert hovered(shown, 3) == ["n3", "B<br>", "t3"]
+    assert hovered(shown, 5) == ["A: 2 of 3", "3 leaves, height 2, proxy 5"]
+    bars = shown.run("return Array.from(document.querySelectorAll('#tree .slicetext'), e => e.textContent)")
+    assert {"n<0>", "n1", "n2", "n3", "A: 2 of 2"} <= set(bars)
 
 
 def test_page_click_folds_to_a_branch(page, browser):
     tree, _, shown = page
     branch = min((n for n in tree.children(tree.root) if n >= tree.num_leaves), key=lambda n: tree.sizes[n])
-    ids = "return Array.from(document.querySelectorAll('#icicle g.slice'), e => e.__data__.data.data.id)"
+    ids = "return Array.from(document.querySelectorAll('#tree g.slice'), e => e.__data__.data.data.id)"
     before = shown.run(ids)
-    browser.find_elements("css selector", "#icicle g.slice")[before.index(str(branch))].click()
+    browser.find_elements("css selector", "#tree g.slice")[before.index(str(branch))].click()
 
     def under(node):
         return {str(node)} | {m for child in tree.children(node) for m in under(child)}
@@ -398,13 +534,31 @@ def test_page_fits_a_phone(page, browser):
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     )
     try:
-        for figure in ("disk", "icicle"):
-            width = f"{figure}.querySelector('.main-svg').getBoundingClientRect().width"
+        for figure in ("#disk svg", "#tree .main-svg"):
+            width = f"document.querySelector('{figure}').getBoundingClientRect().width"
             shown.until(f"return {width} <= 374 && {width} > 320")
-        assert shown.run("return icicle.getBoundingClientRect().y >= disk.getBoundingClientRect().bottom - 1")
+        assert shown.run("return tree.getBoundingClientRect().y >= disk.getBoundingClientRect().bottom - 1")
         assert shown.run("return document.documentElement.scrollWidth") <= 390
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_page_can_be_read_in_light_and_dark_mode(page, browser, mode):
+    """Texts of the disk contrast with the page, which shows through the picture."""
+    _, _, shown = page
+    features = [{"name": "prefers-color-scheme", "value": mode}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    try:
+        style = "return getComputedStyle(document.querySelector('{}')).{}"
+        shades = [shown.run(style.format(*what)) for what in (("body", "backgroundColor"), ("#disk text", "fill"))]
+        ground, text = (np.mean([int(v) for v in re.findall(r"\d+", shade)[:3]]) / 255 for shade in shades)
+        assert (ground > 0.9) == (mode == "light")
+        assert abs(ground - text) > 0.6
+        grounds = "document.querySelectorAll('#disk svg > g > g > path')"
+        assert {*shown.run(f"return Array.from({grounds}, e => getComputedStyle(e).fill)")} == {"none"}
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_page_of_a_large_tree_draws_its_top_on_the_disk_and_all_of_it_to_fold(browser, tmp_path):
@@ -412,10 +566,10 @@ def test_page_of_a_large_tree_draws_its_top_on_the_disk_and_all_of_it_to_fold(br
     path = tmp_path / "tree.html"
     plotting.write_html(tree, path)
     shown = Page(browser, path)
-    drawn = shown.run("return disk._fullData.filter(t => (t.mode || '').includes('markers')).map(t => t.x.length)")
-    assert sum(drawn) == layout.prune(tree, 100)[0].num_nodes
-    assert shown.run("return icicle._fullData[0].ids.length") == tree.num_nodes
-    assert path.stat().st_size < 6_000_000
+    edges = shown.run("return document.querySelectorAll('#disk [id^=LineCollection_] path').length")
+    assert edges == layout.prune(tree, 200)[0].num_nodes - 1
+    assert shown.run("return tree._fullData[0].ids.length") == tree.num_nodes
+    assert path.stat().st_size < 2_350_000
 
 
 def test_page_errors(tmp_path):
