@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from pytorch_metric_learning import losses
 from torch.utils.checkpoint import checkpoint
 
@@ -267,6 +268,35 @@ def test_functional_call():
     proxies = {"proxies": hier.proxies.detach().clone().requires_grad_()}
     loss = make_base()(embeddings, labels) + torch.func.functional_call(hier, proxies, (embeddings, labels))
     close(torch.autograd.grad(loss, embeddings)[0], wanted(embeddings, labels))
+
+
+def test_fully_sharded_model_and_losses():
+    """FSDP2 around the model, and around all losses together: the embeddings get the same gradient as without."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("this version of torch has no fully_shard")
+    inputs, labels = batch()
+    gradients = []
+    for sharded in (False, True):
+        torch.manual_seed(2)
+        model, loss_func = torch.nn.Linear(D, D), losses.MultipleLosses([make_base(), make_hier()])
+        if sharded:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+            for module in (model, loss_func):  # each loss by itself would get a copy of the embeddings
+                fsdp.fully_shard(module, mesh=mesh)
+        try:
+            embeddings = model(inputs)
+            embeddings.retain_grad()
+            loss_func(embeddings, labels).backward()
+        finally:
+            if sharded:
+                dist.destroy_process_group()
+        gradients.append(embeddings.grad)
+    torch.testing.assert_close(*gradients)
+    others = gradient(make_base()(embeddings, labels), embeddings)
+    ratio = (gradients[1].double() - others).norm() / others.norm()
+    assert float(ratio) == pytest.approx(0.3, rel=0.01)
 
 
 def test_higher_order_is_refused():
