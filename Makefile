@@ -3,7 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help quickstart test test-benchmarks test-lowest soak fuzz mutation format docs build clean
+# The blocks of a Markdown file share names, so that a file stays in one process.
+PARALLEL := --numprocesses 2 --dist loadfile
+
+.PHONY: help quickstart test test-slow test-benchmarks test-lowest soak fuzz mutation format docs build clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 18
@@ -11,11 +14,14 @@ help: ## List the targets
 quickstart: $(VENV)/examples.stamp ## Run the quickstart example
 	$(BIN)/python examples/quickstart.py
 
-test: $(VENV)/dev.stamp ## Check style and types, run all tests
+test: $(VENV)/dev.stamp ## Check style and types, run the quick tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+
+test-slow: $(VENV)/dev.stamp ## Run the other tests: processes, browser, wheel, site, examples, soak, fuzzing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PARALLEL)
 
 test-benchmarks: ## Test the retrieval benchmarks, in an environment of their own
 	$(MAKE) VENV=.venv-benchmarks .venv-benchmarks/benchmarks.stamp

@@ -64,6 +64,7 @@ def test_both_forms_agree_on_average():
     assert abs(a - b) < 4 * (var_a + var_b).sqrt()
 
 
+@pytest.mark.slow
 def test_faster_and_smaller_than_the_plain_form():
     """docs/performance.md says how much; here, on a machine that may be busy, half of what is asked for."""
     plain_row, own_row = speed.compare("cpu", 2, batch=180, dim=128, proxies=512, triplets=50)
@@ -72,6 +73,7 @@ def test_faster_and_smaller_than_the_plain_form():
     assert own_row["times smaller"] > 10
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_triplets_times_proxies():
     sizes = {"form": "hierloss", "device": "cpu", "batch": 180, "dim": 16, "proxies": 512}
     few, many = (speed.peak_memory(**sizes, triplets=t) for t in (20, 200))
@@ -112,6 +114,7 @@ def test_distances_are_as_exact_as_documented():
                 assert row[f"{name} grad"] <= row[f"{other} grad"] + 2**-22
 
 
+@pytest.mark.slow
 def test_command_writes_json_and_plot(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "distances", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -52,6 +52,7 @@ def test_distances():
     torch.testing.assert_close(values_and_gradients(compiled, x), values_and_gradients(total, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_labels", [False, True])
 def test_the_loss_itself(with_labels, monkeypatch):
     torch.manual_seed(0)
@@ -70,6 +71,7 @@ def test_the_loss_itself(with_labels, monkeypatch):
     torch.testing.assert_close(value, loss_func(embeddings, labels))
 
 
+@pytest.mark.slow
 def test_batches_of_other_sizes():
     torch.manual_seed(0)
     loss_func = HIERLoss(num_proxies=24, embedding_size=8, gradient_ratio=None)

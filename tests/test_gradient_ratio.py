@@ -327,6 +327,7 @@ def test_threads():
         close(actual, expected)
 
 
+@pytest.mark.slow
 def test_compiled():
     """With graph breaks, the loss compiles; the hook runs outside."""
     torch.compiler.reset()

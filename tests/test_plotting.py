@@ -443,6 +443,7 @@ def page(browser, written_page):
     return tree, look, Page(browser, path)
 
 
+@pytest.mark.slow
 def test_page_draws_the_tree_of_python(page, browser):
     tree, _, shown = page
     assert browser.title == "A <tree> {}"
@@ -456,6 +457,7 @@ def test_page_draws_the_tree_of_python(page, browser):
     assert len(browser.find_elements("css selector", "#disk svg image")) == 40
 
 
+@pytest.mark.slow
 def test_page_has_the_very_picture_of_plot_disk(page, browser):
     """The points of the edges and the colours of the markers, in the units of the picture."""
     tree, look, shown = page
@@ -475,6 +477,7 @@ def test_page_has_the_very_picture_of_plot_disk(page, browser):
     assert len(paths) == 2 * tree.num_leaves + (tree.num_nodes - tree.num_leaves - 1)  # edges, and lines to images
 
 
+@pytest.mark.slow
 def test_page_shows_names_as_text_and_never_as_markup(page, browser):
     _, look, shown = page
     for selector in ("#disk a", "#tree a", "img", "#disk script", "#disk b"):
@@ -500,6 +503,7 @@ def hovered(shown, node):
     return shown.run(lines) or [shown.run("return document.querySelector('#tree .hovertext .nums').textContent")]
 
 
+@pytest.mark.slow
 def test_page_hover_shows_what_is_known(browser, tmp_path):
     tree = Hierarchy([4, 4, 5, 6, 5, 6, -1], [0, 0, 0, 0, 1, 2, 3.25], [0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 1])
     path = tmp_path / "tree.html"
@@ -513,6 +517,7 @@ def test_page_hover_shows_what_is_known(browser, tmp_path):
     assert {"n<0>", "n1", "n2", "n3", "A: 2 of 2"} <= set(bars)
 
 
+@pytest.mark.slow
 def test_page_click_folds_to_a_branch(page, browser):
     tree, _, shown = page
     branch = min((n for n in tree.children(tree.root) if n >= tree.num_leaves), key=lambda n: tree.sizes[n])
@@ -527,6 +532,7 @@ def test_page_click_folds_to_a_branch(page, browser):
     assert str(branch) in shown.run(ids)
 
 
+@pytest.mark.slow
 def test_page_fits_a_phone(page, browser):
     """The two figures are one below the other, and no wider than the page."""
     _, _, shown = page
@@ -543,6 +549,7 @@ def test_page_fits_a_phone(page, browser):
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_page_can_be_read_in_light_and_dark_mode(page, browser, mode):
     """Texts of the disk contrast with the page, which shows through the picture."""
@@ -561,6 +568,7 @@ def test_page_can_be_read_in_light_and_dark_mode(page, browser, mode):
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+@pytest.mark.slow
 def test_page_of_a_large_tree_draws_its_top_on_the_disk_and_all_of_it_to_fold(browser, tmp_path):
     tree = make_tree(400)
     path = tmp_path / "tree.html"

@@ -242,6 +242,7 @@ def test_the_loss_depends_on_the_order_of_the_batch_by_some_percent_only(trainin
 # --- fuzzing ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_thousand_cases_of_fuzzing():
     seed = 0 if IN_CI else random.SystemRandom().randrange(2**31)
     report = fuzz.fuzz(range(1000), seed)

@@ -33,6 +33,7 @@ def assert_same(actual, expected):
 # --- resuming -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_step_resumes_bit_for_bit(tmp_path):
     """Killed for good, SIGKILL at a random step, and taken up by another process."""
 

@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 __all__ = ["IMAGES", "Difference", "choose", "differences", "paired", "write"]
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images" / "evidence"
+SHOWN = ("lambda 1", "ratio 0.3", "ratio 0.3, frozen", "distillation 0.3")
+"""Methods in the picture."""
 Row = dict[str, Any]
 Scores = dict[str, float]
 
@@ -49,8 +51,11 @@ def paired(values: Sequence[float]) -> Difference:
     return Difference(float(np.mean(values)), float(half), count)
 
 
-def differences(rows: list[Row], part: str, at: Callable[[Row], Scores]) -> dict[tuple[str, ...], Difference]:
-    """Of each method to the base loss alone, by data set, loss, method and score; ``at`` picks from a curve."""
+def gains(rows: list[Row], part: str, at: Callable[[Row], Scores]) -> dict[tuple[str, ...], dict[int, float]]:
+    """Gain of each method over the base loss alone, by data set, loss, method and score, for each seed.
+
+    ``at`` picks from a curve.
+    """
     by_seed: dict[tuple[str, str, str], dict[int, Scores]] = defaultdict(dict)
     for row in rows:
         by_seed[row["dataset"], row["loss"], row["method"]][row["seed"]] = at(row)[part]  # type: ignore[index]
@@ -59,8 +64,19 @@ def differences(rows: list[Row], part: str, at: Callable[[Row], Scores]) -> dict
         alone = by_seed.get((dataset, loss, "none"), {})
         seeds = sorted(own.keys() & alone.keys())
         for score in SCORES if seeds else ():
-            found[dataset, loss, method, score] = paired([own[s][score] - alone[s][score] for s in seeds])
+            found[dataset, loss, method, score] = {s: own[s][score] - alone[s][score] for s in seeds}
     return found
+
+
+def differences(rows: list[Row], part: str, at: Callable[[Row], Scores]) -> dict[tuple[str, ...], Difference]:
+    """The same, with intervals over the seeds."""
+    return {key: paired(list(by_seed.values())) for key, by_seed in gains(rows, part, at).items()}
+
+
+def mean_gain(by_cell: list[dict[int, float]]) -> Difference:
+    """Mean over cells (data set and loss), with an interval over the seeds that all cells have."""
+    seeds = set.intersection(*(set(by_seed) for by_seed in by_cell))
+    return paired([float(np.mean([by_seed[seed] for by_seed in by_cell])) for seed in sorted(seeds)] or [np.nan])
 
 
 def lengths_of(rows: list[Row], lengths: dict[tuple[str, str], int]) -> dict[str, Callable[[Row], Any]]:
@@ -85,24 +101,28 @@ def choose(rows: list[Row], lengths: dict[tuple[str, str], int]) -> dict[str, fl
 
 
 def table(rows: list[Row], part: str, lengths: dict[tuple[str, str], int]) -> str:
-    """Mean gain over all cells for each method, length and score, and how many cells are up and down."""
+    """Mean gain over all cells with its 95% interval, and how many cells are significantly up and down."""
     lines = [f"| method | length | {' | '.join(SCORES)} |", "| --- | --- |" + " --- |" * len(SCORES)]
     for name, at in lengths_of(rows, lengths).items():
-        found = differences(rows, part, at)
+        found = gains(rows, part, at)
         for method in METHODS:
             cells = []
             for score in SCORES:
-                own = [d for key, d in found.items() if key[2:] == (method, score)]
+                own = [by_seed for key, by_seed in found.items() if key[2:] == (method, score)]
                 if own and method != "none":
-                    up, down = sum(d.is_up for d in own), sum(d.is_down for d in own)
-                    cells.append(f"{np.mean([d.mean for d in own]):+.2f} ({up} up, {down} down of {len(own)})")
+                    each = [paired(list(by_seed.values())) for by_seed in own]
+                    up, down = sum(d.is_up for d in each), sum(d.is_down for d in each)
+                    cells.append(f"{mean_gain(own)} ({up} up, {down} down of {len(own)})")
             if cells:
                 lines.append(f"| {method} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def without_training_longer(rows: list[Row], lengths: dict[tuple[str, str], int]) -> str:
-    """What a user can do without HIER: the frozen features' head as it is, and early stopping on validation."""
+    """What a user can do without HIER: the frozen features' head as it is, and early stopping on validation.
+
+    Means over the runs that all of the methods have.
+    """
 
     def stopped(row: Row) -> Any:
         return max(row["curve"].values(), key=lambda scores: scores["validation"]["MAP@R"])
@@ -112,8 +132,12 @@ def without_training_longer(rows: list[Row], lengths: dict[tuple[str, str], int]
         "stopped early": stopped,
     } | lengths_of(rows, lengths)
     lines = [f"| method | {' | '.join(SCORES)} |", "| --- |" + " --- |" * len(SCORES)]
+    runs = defaultdict(set)
+    for row in rows:
+        runs[row["method"]].add((row["dataset"], row["loss"], row["seed"]))
+    common = set.intersection(*runs.values())
     for method in METHODS:
-        own = [row for row in rows if row["method"] == method]
+        own = [r for r in rows if r["method"] == method and (r["dataset"], r["loss"], r["seed"]) in common]
         for option, at in options.items():
             if own and (method == "none" or option != "not trained"):
                 means = (np.mean([at(row)["test"][score] for row in own]) for score in SCORES)
@@ -184,5 +208,5 @@ def write(folder: Path, images: Path) -> None:
                     values = [f"{difference.mean:.3f}", f"{difference.half_width:.3f}", difference.seeds]
                     writer.writerow([name, *key, *values])
     images.mkdir(parents=True, exist_ok=True)
-    shown = [m for m in ("lambda 1", "ratio 0.3", "ratio 0.3, frozen", "ratio 1.0, frozen") if m in seeds]
+    shown = [m for m in SHOWN if seeds[m]]
     figure(rows, shown, lengths).savefig(images / "gain.png", dpi=110)

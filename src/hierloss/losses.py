@@ -207,7 +207,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             if len(neighbor_features) != len(embeddings):
                 raise ValueError(
                     f"neighbor_features must have shape ({len(embeddings)}, F), a row for each embedding, got "
-                    f"shape {tuple(neighbor_features.shape)}; where embeddings are gathered, gather features too"
+                    f"shape {tuple(neighbor_features.shape)}; gather them too where embeddings are gathered"
                 )
         if self.embedding_size is None:
             self._size_proxies(embeddings.shape[1], embeddings)
