@@ -1,5 +1,6 @@
 """The built distributions: what they hold, and that the wheel works where nothing else is installed."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -94,12 +95,17 @@ def test_dependencies_are_exactly_four(built):
     assert {r.name for r in needed} == DEPENDENCIES
 
 
-def test_lowest_versions_are_the_bounds_of_the_metadata(built):
-    """`make test-lowest` runs what pyproject.toml promises."""
+def requirements(built):
+    """What the metadata of the wheel requires, with and without extras."""
     with zipfile.ZipFile(built[1]) as archive:
         text = archive.read(f"hierloss-{hierloss.__version__}.dist-info/METADATA").decode()
+    return [Requirement(line) for line in HeaderParser().parsestr(text).get_all("Requires-Dist")]
+
+
+def test_lowest_versions_are_the_bounds_of_the_metadata(built):
+    """`make test-lowest` runs what pyproject.toml promises."""
     bounds: dict[str, Version] = {}
-    for requirement in map(Requirement, HeaderParser().parsestr(text).get_all("Requires-Dist")):
+    for requirement in requirements(built):
         for specifier in requirement.specifier:
             if specifier.operator == ">=":
                 version = Version(specifier.version)
@@ -108,6 +114,26 @@ def test_lowest_versions_are_the_bounds_of_the_metadata(built):
     lowest = {name: Version(pin) for name, _, pin in (line.partition("==") for line in lines if line[0] != "#")}
     assert set(lowest) >= DEPENDENCIES
     assert lowest == {name: bounds[name] for name in lowest}
+
+
+def test_every_import_is_declared(built):
+    """What src imports is a dependency, or in an extra for users."""
+    imported = set()
+    for path in (ROOT / "src" / "hierloss").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.partition(".")[0])
+    declared = set()
+    for requirement in requirements(built):
+        for extra in ("", "hierarchy", "plot"):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                declared.add(requirement.name)
+    names = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "pytorch_metric_learning": "pytorch-metric-learning"}
+    needed = {names.get(name, name) for name in imported - sys.stdlib_module_names}
+    assert needed - {"faiss-cpu"} <= declared  # PoincareKNN works without FAISS
+    assert {"scipy", "scikit-learn"} <= needed
 
 
 def test_wheel_works_in_an_empty_environment(installed):

@@ -343,7 +343,7 @@ class Hierarchy:
         try:
             import networkx
         except ImportError as error:
-            raise ImportError('to_networkx needs networkx: pip install "hierloss[plot]"') from error
+            raise ImportError('to_networkx needs networkx: pip install "hierloss[hierarchy]"') from error
         graph = networkx.DiGraph()
         for node, above in reversed(list(enumerate(self.parents.tolist()))):
             graph.add_node(node, height=float(self.heights[node]), proxy=int(self.proxies[node]))
