@@ -39,9 +39,9 @@ def hold_gradient_ratio(
 
     Args:
         embeddings: shape ``(N, D)``, the same tensor that the other losses use.
-        ratio: ``rho``; ``None`` does not scale, and only reports.
+        ratio: ``rho``; ``None`` does not scale.
         on_ratio: called in each backward pass with ``|g| / |h|`` before scaling, a 0-dim tensor.
-        on_alone: called in each backward pass in which no other loss uses the tensor.
+        on_alone: called in each backward pass in which no other loss uses the tensor, if there is a ratio.
 
     Returns:
         The same values, at least float32.
@@ -57,7 +57,8 @@ def hold_gradient_ratio(
     gradients of all losses at the output of a model; here the other losses keep their gradients.
     """
     dtype = poincare.result_dtype(embeddings)
-    if not (embeddings.requires_grad and torch.is_grad_enabled()):
+    nothing_to_do = ratio is None and on_ratio is None
+    if nothing_to_do or not (embeddings.requires_grad and torch.is_grad_enabled()):
         return embeddings.to(dtype)
     aside = _PutAside()
     # The hook must not keep the graph alive, nor stay on a leaf that is used in every step.
@@ -70,7 +71,7 @@ def hold_gradient_ratio(
         own, zeros = aside.gradient, aside.zeros
         aside.gradient = aside.zeros = None
         if others is zeros:
-            if on_alone is not None:
+            if on_alone is not None and ratio is not None:
                 on_alone()
             return own.to(others.dtype)
         size, own_size = _norm(others), _norm(own)
@@ -93,7 +94,7 @@ class RatioReports:
         self._told_alone = self._told_large = False
         self._large_in_a_row = 0
 
-    def alone(self, ratio: float) -> None:
+    def alone(self, ratio: float | None) -> None:
         """No other loss used the same tensor."""
         if not self._told_alone:
             self._told_alone = True

@@ -25,15 +25,12 @@ import numpy as np
 from torch import Tensor
 
 from ._checks import check_count, check_number, to_numpy
-from .linkage import minimax_linkage, nodes_of_merges
+from .linkage import check_size, minimax_linkage, nodes_of_merges
 
 if TYPE_CHECKING:
     import networkx
 
 __all__ = ["Hierarchy"]
-
-_MAX_LEAVES, _MAX_CELLS = 50_000, 10**8
-"""The largest tree: more leaves or distances are refused rather than exhausting memory."""
 
 _ROUNDING = 1e-6
 """Distances in float32 that differ by this share may be the same."""
@@ -157,7 +154,7 @@ class Hierarchy:
             sums = np.zeros((len(values), rows.shape[1]))
             np.add.at(sums, index, rows)
             rows = sums / np.bincount(index)[:, None]
-        _check_size(len(rows), rows.shape[1], "classes" if per_class else "samples")
+        check_size(len(rows), rows.shape[1], "classes" if per_class else "samples")
         return cls(*nodes_of_merges(*minimax_linkage(rows), rows.argmin(1)), values)
 
     @classmethod
@@ -167,11 +164,8 @@ class Hierarchy:
         Merges at exactly the height of the merge above become one node with more children.
 
         Args:
-            linkage: shape ``(N - 1, 4)``, from ``scipy.cluster.hierarchy.linkage``.
+            linkage: shape ``(N - 1, 4)``, from ``scipy.cluster.hierarchy.linkage``, without inversions.
             labels: label of each leaf, shape ``(N,)``.
-
-        Raises:
-            ValueError: not a linkage matrix, or one with inversions (centroid and median linkage have them).
 
         Example:
             >>> from scipy.cluster.hierarchy import linkage
@@ -248,15 +242,12 @@ class Hierarchy:
         return ancestor
 
     def cut(self, num_groups: int | None = None, *, height: float | None = None) -> np.ndarray:
-        """Cut the tree into groups of leaves.
+        """Cut the tree into groups of leaves, ``(num_leaves,)``, numbered from 0 by first appearance.
 
         Args:
             num_groups: the number of groups; fewer come out where a node has more than two children, or where
                 several nodes have the same height.
             height: instead of the number, the height up to which leaves are together.
-
-        Returns:
-            Group of each leaf, shape ``(num_leaves,)``, numbered from 0 by first appearance.
 
         Example:
             >>> tree = Hierarchy.from_distances(torch.tensor([[1.0, 4.0], [2.0, 4.0], [5.0, 4.0]]))
@@ -281,7 +272,7 @@ class Hierarchy:
         return numbered
 
     def lowest_containing_node(self, distances: Tensor) -> np.ndarray:
-        r"""The place in the tree of embeddings that it was not built from.
+        r"""The inner node of smallest height that contains each of ``M`` embeddings, the root if none does.
 
         A node with proxy :math:`\rho` contains an embedding ``x`` if :math:`d(x, \rho)` is at most its height,
         rounding in float32 aside.
@@ -289,9 +280,6 @@ class Hierarchy:
         Args:
             distances: of the new embeddings from all proxies, shape ``(M, P)``:
                 ``HIERLoss.proxy_distances(embeddings)``.
-
-        Returns:
-            The inner node of smallest height that contains each embedding, the root if none does, shape ``(M,)``.
 
         Example:
             >>> tree = Hierarchy.from_distances(torch.tensor([[1.0, 4.0], [2.0, 4.0], [5.0, 4.0]]))
@@ -441,24 +429,6 @@ class Hierarchy:
         order = np.argsort(self.spans[: self.num_leaves, 0])
         order.setflags(write=False)
         return order
-
-
-def _check_size(leaves: int, proxies: int, kind: str) -> None:
-    """Raise unless so many leaves and proxies make a tree that fits into memory."""
-    if leaves < 2:
-        raise ValueError(f"distances must hold at least 2 {kind} to make a tree, got {leaves}")
-    if proxies < 2:
-        raise ValueError(
-            f"distances must come with at least 2 proxies, got {proxies}: below a single proxy, the only tree "
-            "is the order of distances from it; use a larger num_proxies"
-        )
-    most = min(_MAX_LEAVES, _MAX_CELLS // proxies)
-    if leaves > most:
-        raise ValueError(
-            f"distances must make at most {most} leaves with {proxies} proxies, got {leaves} {kind}; give labels "
-            "and per_class=True for a tree of classes, or a random subsample, for instance "
-            f"embeddings[torch.randperm({leaves})[:10_000]]"
-        )
 
 
 def _labels(labels: Any, count: int) -> np.ndarray:

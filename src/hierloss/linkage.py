@@ -2,7 +2,28 @@
 
 import numpy as np
 
-__all__ = ["minimax_linkage", "nodes_of_merges"]
+__all__ = ["check_size", "minimax_linkage", "nodes_of_merges"]
+
+_MAX_LEAVES, _MAX_CELLS = 50_000, 10**8
+"""The largest tree: more leaves or distances are refused rather than exhausting memory."""
+
+
+def check_size(leaves: int, proxies: int, kind: str) -> None:
+    """Raise unless so many leaves and proxies make a tree that fits into memory."""
+    if leaves < 2:
+        raise ValueError(f"distances must hold at least 2 {kind} to make a tree, got {leaves}")
+    if proxies < 2:
+        raise ValueError(
+            f"distances must come with at least 2 proxies, got {proxies}: below a single proxy, the only tree "
+            "is the order of distances from it; use a larger num_proxies"
+        )
+    most = min(_MAX_LEAVES, _MAX_CELLS // proxies)
+    if leaves > most:
+        raise ValueError(
+            f"distances must make at most {most} leaves with {proxies} proxies, got {leaves} {kind}; give labels "
+            "and per_class=True for a tree of classes, or a random subsample, for instance "
+            f"embeddings[torch.randperm({leaves})[:10_000]]"
+        )
 
 
 def minimax_linkage(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -24,14 +24,7 @@ from .proxies import UnsizedParameter, is_unsized, proxies_from_data, random_pro
 
 __all__ = ["HIERLoss"]
 
-STATISTICS = (
-    *("sample_loss", "proxy_loss", "num_triplets", "fraction_active", "num_ancestors", "fraction_clipped"),
-    "unscaled_gradient_ratio",
-)
-"""What ``collect_stats`` records; see the attributes of `HIERLoss`."""
-
-_CHUNK_ROWS = 4096
-"""Embeddings that are mapped to the ball at a time where there may be a whole data set of them."""
+_CHUNK_ROWS = 4096  # embeddings that are mapped to the ball at a time, if they are a whole data set
 
 
 class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
@@ -56,9 +49,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     reduction type ``triplet``) plus the mean over the triplets of proxies (``proxy_loss``). Eval mode is not
     random: ancestors are the most probable ones, and triplets are evenly spread.
 
-    It is called as any PML loss, with embeddings ``(N, D)`` of any floating dtype and labels ``(N,)`` or ``None``.
-    It returns a scalar, at least float32. It ignores the ``indices_tuple`` that `MultipleLosses` gives to all its
-    losses, and mines its own triplets. Random numbers come from torch's default generators.
+    It is called as any PML loss, with embeddings ``(N, D)`` of any floating dtype and labels ``(N,)`` or ``None``,
+    and returns a scalar, at least float32. It ignores the ``indices_tuple`` of `MultipleLosses`, and mines its own
+    triplets. Random numbers come from torch's default generators.
 
     Args:
         num_proxies: number of hierarchical proxies ``P``, 512 in the paper. Time grows faster than linearly with
@@ -93,8 +86,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         unscaled_gradient_ratio: the ratio of the gradients before scaling; set by the backward pass.
 
     Raises:
-        TypeError, ValueError: an argument is not what is described above; embeddings of another width than the
-            proxies; ``ref_emb`` given.
+        TypeError, ValueError: an argument that is not as described, or embeddings of another width.
 
     Example:
         >>> from pytorch_metric_learning import losses
@@ -121,9 +113,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     ) -> None:
         super().__init__(**kwargs)
         if not isinstance(self.distance, PoincareDistance):
+            got = type(self.distance).__name__
             raise TypeError(
-                f"distance must be a hierloss.PoincareDistance, got {type(self.distance).__name__}; "
-                "the ancestors of HIERLoss are points of the Poincaré ball"
+                f"distance must be a hierloss.PoincareDistance, whose ball has the ancestors, got {got}"
             )
         if self.distance.power != 1:
             raise ValueError(f"the power of the distance must be 1 for HIERLoss, got {self.distance.power}")
@@ -136,16 +128,17 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if isinstance(self.miner, ReciprocalNeighborMiner):
             self.miner.check_distance(self.distance)
         if not (proxy_miner is None or isinstance(proxy_miner, ReciprocalNeighborMiner)):
-            raise TypeError(
-                f"proxy_miner must be a hierloss.ReciprocalNeighborMiner, got {type(proxy_miner).__name__}"
-            )
-        self.proxy_miner = proxy_miner
+            got = type(proxy_miner).__name__
+            raise TypeError(f"proxy_miner must be a hierloss.ReciprocalNeighborMiner, got {got}")
         if proxy_batch_size is not None:
             check_count("proxy_batch_size", proxy_batch_size, minimum=2)
-        self.proxy_batch_size = proxy_batch_size
         if gradient_ratio is not None:
             check_number("gradient_ratio", gradient_ratio, positive=False)
-        self.gradient_ratio = gradient_ratio
+        self.proxy_miner, self.proxy_batch_size, self.gradient_ratio = (
+            proxy_miner,
+            proxy_batch_size,
+            gradient_ratio,
+        )
         with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
             self.proxies = UnsizedParameter()
         self._features_of_threads: dict[int, Tensor] = {}
@@ -153,10 +146,12 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self._reports = RatioReports()
         if embedding_size is not None:
             self._size_proxies(check_count("embedding_size", embedding_size))
+        settings = ["num_proxies", "margin", "temperature", "gradient_ratio"]
+        statistics = ["sample_loss", "proxy_loss", "num_triplets", "fraction_active", "num_ancestors"]
+        self.add_to_recordable_attributes(list_of_names=settings, is_stat=False)
         self.add_to_recordable_attributes(
-            list_of_names=["num_proxies", "margin", "temperature", "gradient_ratio"], is_stat=False
+            list_of_names=[*statistics, "fraction_clipped", "unscaled_gradient_ratio"], is_stat=True
         )
-        self.add_to_recordable_attributes(list_of_names=list(STATISTICS), is_stat=True)
 
     @property
     def embedding_size(self) -> int | None:
@@ -192,9 +187,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         """
         if ref_emb is not None or ref_labels is not None:
             raise ValueError(
-                "ref_emb and ref_labels are not supported by HIERLoss, expected None: reciprocal neighbours are "
-                "defined within one set of embeddings; concatenate the two sets and pass them as embeddings, or, "
-                "with DistributedLossWrapper, efficient=False"
+                "ref_emb and ref_labels are not supported by HIERLoss, expected None: neighbours are reciprocal "
+                "within one set; concatenate the two sets, or use DistributedLossWrapper(efficient=False)"
             )
         if getattr(torch.compiler, "is_exporting", bool)():  # torch has it since 2.7
             raise RuntimeError("HIERLoss cannot be exported: it is for training; export the model alone")
@@ -218,9 +212,15 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             )
         if self.training:
             self._watch.check(self.proxies, embeddings)
+        held = hold_gradient_ratio(
+            embeddings,
+            self.gradient_ratio,
+            on_ratio=self._record_ratio if self.collect_stats else None,
+            on_alone=partial(self._reports.alone, self.gradient_ratio),
+        )
         with torch.autocast(embeddings.device.type, enabled=False):
             # PML hands its third argument, the indices_tuple, to compute_loss untouched.
-            loss: Tensor = super().forward(self._hold_gradient_ratio(embeddings), labels, neighbor_features)
+            loss: Tensor = super().forward(held, labels, neighbor_features)
         return loss
 
     def compute_loss(
@@ -263,7 +263,6 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         }
 
     def _points(self, embeddings: Tensor) -> Tensor:
-        """Embeddings on the ball."""
         return poincare.project(self.distance.maybe_normalize(embeddings), self.distance.c)
 
     def _distances(self, points: Tensor, ancestors: Tensor, like: Tensor) -> Tensor:
@@ -291,7 +290,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 near = self._distances(points, points, embeddings)
             else:
                 near = self.miner.distance(embeddings)
-            # A mean can leave invalid triplets out by itself; other reducers need the list without them.
+            # A mean can leave invalid triplets out itself; other reducers need the list without them.
             mined = self.miner.sample(near, labels, random=self.training)
             return functional.drop_invalid(mined, synchronize=not self._sample_loss_is_averaged())
         if labels is None:
@@ -321,15 +320,11 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         """Find neighbours by Euclidean distances of other features than the embeddings, in a ``with`` block.
 
         Features of a frozen backbone, for instance, do not change during the training. The labels count as before.
-        The block holds for calls of this loss in this thread, directly or within `MultipleLosses`. Of nested
-        blocks the inner one holds.
+        The block holds for calls of this loss in this thread, also within `MultipleLosses`; of nested blocks, the
+        inner one.
 
         Args:
-            features: shape ``(N, F)``, a row for each embedding of the batch, in the same order. They get no
-                gradient.
-
-        Raises:
-            TypeError, ValueError: not a floating point matrix; when the loss is called, another number of rows.
+            features: ``(N, F)``, a row for each embedding of the batch, in the same order; without gradient.
 
         Example:
             >>> from pytorch_metric_learning import losses
@@ -350,17 +345,6 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             if before is not None:
                 self._features_of_threads[thread] = before
 
-    def _hold_gradient_ratio(self, embeddings: Tensor) -> Tensor:
-        """The embeddings, at least float32, whose gradient has the ratio that was asked for, or is measured."""
-        if self.gradient_ratio is None and not self.collect_stats:
-            return embeddings.to(poincare.result_dtype(embeddings))
-        return hold_gradient_ratio(
-            embeddings,
-            self.gradient_ratio,
-            on_ratio=self._record_ratio if self.collect_stats else None,
-            on_alone=None if self.gradient_ratio is None else partial(self._reports.alone, self.gradient_ratio),
-        )
-
     def _record_ratio(self, ratio: Tensor) -> None:
         self.unscaled_gradient_ratio = float(ratio)
         if self.gradient_ratio is None:
@@ -374,9 +358,6 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
         Returns:
             Distances of shape ``(N, P)``, at least float32.
-
-        Raises:
-            RuntimeError: the loss has no proxies before its first batch, unless ``embedding_size`` was given.
 
         Example:
             >>> hier = HIERLoss(num_proxies=64, embedding_size=16)
@@ -395,15 +376,12 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     @torch.no_grad()
     def hierarchy(self, embeddings: Tensor, labels: Tensor | None = None, *, per_class: bool = False) -> Hierarchy:
-        """The tree over embeddings whose inner nodes are the proxies of this loss.
+        """The tree over embeddings whose inner nodes are the proxies of this loss: `Hierarchy.from_distances`.
 
         Args:
             embeddings: shape ``(N, D)``, as they go into the loss; also of samples not trained on.
             labels: shape ``(N,)``; kept with the leaves.
             per_class: one leaf for each class instead of each embedding; needs labels.
-
-        Returns:
-            A `Hierarchy`, see `Hierarchy.from_distances`, also for the errors.
 
         Example:
             >>> hier = HIERLoss(num_proxies=64, embedding_size=16)
@@ -415,7 +393,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     @torch.no_grad()
     def init_proxies(self, embeddings: Tensor) -> None:
-        r"""Initialize the proxies from data: embeddings, scaled towards the origin by random factors.
+        r"""Initialize the proxies by embeddings of data, scaled towards the origin by random factors.
 
         .. math:: \rho_p = u_p \cdot \mathrm{clip}_r(v_{i(p)}), \qquad u_p \sim U(0, 1)
 
@@ -425,9 +403,6 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
         Args:
             embeddings: shape ``(N, D)``, as they go into the loss, of some thousand training samples.
-
-        Raises:
-            TypeError, ValueError: embeddings of another width than the proxies, or not finite.
 
         Example:
             >>> hier = HIERLoss(num_proxies=64)

@@ -246,7 +246,8 @@ def write_html(
         ImportError, ValueError: as `plot_disk`; no plotly; not one text for each leaf.
 
     Example:
-        >>> write_html(Hierarchy.from_distances(torch.rand(20, 8)), "tree.html")  # doctest: +SKIP
+        >>> import tempfile
+        >>> write_html(Hierarchy.from_distances(torch.rand(20, 8)), f"{tempfile.mkdtemp()}/tree.html")
     """
     if texts is not None and len(texts) != tree.num_leaves:
         raise ValueError(f"texts must be {tree.num_leaves}, one for each leaf, got {len(texts)}")

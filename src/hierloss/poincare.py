@@ -34,31 +34,26 @@ __all__ = [
     "to_hyperboloid",
 ]
 
-_CHUNK_CELLS = 2**19
-"""Cells of a distance matrix that are worked on at a time: 4 MB in float64."""
+_CHUNK_CELLS = 2**19  # of a distance matrix, processed at a time: 4 MB in float64
 
 
 def boundary_eps(dtype: torch.dtype) -> float:
     """Distance from the boundary at which points are held, as a share of the radius: 4 units in the last place.
 
-    Rounding moves a norm by at most half a unit, so these points stay inside and ``1 - c|x|^2`` stays positive.
+    Rounding moves a norm by at most half a unit, so that ``1 - c|x|^2`` stays positive.
     """
     return 4 * torch.finfo(dtype).eps
 
 
 def min_norm(dtype: torch.dtype) -> float:
-    """The norm below which a vector counts as 0: the cube root of the smallest normal number.
-
-    The second derivative of a norm divides by its cube.
-    """
+    """The norm below which a vector counts as 0: its cube, by which second derivatives divide, is not normal."""
     return float(torch.finfo(dtype).tiny ** (1 / 3))
 
 
 def linear_norm(dtype: torch.dtype) -> float:
     """The norm ``n`` below which ``tanh(n) / n`` is set to 1: half the square root of the precision.
 
-    The ratio is 0 / 0 at the origin. Below this norm it equals 1 in every digit, and its derivatives would be
-    rounding errors of ``eps / n`` and ``eps / n^2``.
+    Below this norm it equals 1 in every digit, and its derivatives would be rounding errors.
     """
     return math.sqrt(torch.finfo(dtype).eps) / 2
 
@@ -66,15 +61,14 @@ def linear_norm(dtype: torch.dtype) -> float:
 def coincident_eps(dtype: torch.dtype, dim: int) -> float:
     """The squared distance, relative to the largest squared coordinate, below which two points count as equal.
 
-    It is the rounding error of `_squared_euclidean` for equal points: remainders are ``2^-grid_bits`` of the
-    coordinates, and their ``dim`` products are rounded. In float64, for 128 dimensions, points closer than 2e-10
-    of the largest coordinate count as equal.
+    It is the rounding error of `_squared_euclidean` for equal points: 2e-10 of the largest coordinate, squared, in
+    float64 and 128 dimensions.
     """
     return 4 * dim * torch.finfo(dtype).eps * 2.0 ** -_grid_bits(dtype, dim)
 
 
 def _grid_bits(dtype: torch.dtype, dim: int) -> int:
-    """Bits per coordinate such that sums of ``4 * dim`` products of two coordinates are exact in ``dtype``."""
+    """Bits per coordinate such that sums of ``4 * dim`` products of two coordinates are exact."""
     digits = 1 - round(math.log2(torch.finfo(dtype).eps))
     return (digits - 2 - math.ceil(math.log2(max(dim, 2)))) // 2
 
@@ -98,7 +92,7 @@ def current_c(curvature: float | geoopt.PoincareBall) -> float | Tensor:
 
 
 def as_number(c: float | Tensor) -> float:
-    """``c`` as a number, also where it is learned; float() of such a tensor warns."""
+    """``c`` as a number; float() of a tensor that is learned warns."""
     return float(c.item() if isinstance(c, Tensor) else c)
 
 
@@ -113,8 +107,7 @@ def _sqrt(c: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Euclidean norm of the rows, kept as a column, never 0, with gradient 0 at the origin."""
-    # torch's own norm cannot be differentiated twice at the origin.
+    """Norm of the rows, as a column, never 0, twice differentiable at the origin, unlike torch's own norm."""
     return x.square().sum(-1, keepdim=True).clamp_min(min_norm(x.dtype) ** 2).sqrt()
 
 
@@ -124,11 +117,7 @@ def _lorentz_factor(x: Tensor) -> Tensor:
 
 
 def clip_norm(v: Tensor, radius: float | None) -> Tensor:
-    """Limit the norms of the rows: ``v * min(1, radius / |v|)``.
-
-    Args:
-        v: vectors of shape ``(..., D)``.
-        radius: the largest norm, ``None`` for no limit.
+    """Limit the norms of the rows: ``v * min(1, radius / |v|)``; ``None`` is no limit.
 
     Example:
         >>> clip_norm(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 1.0)
@@ -145,10 +134,7 @@ def clip_norm(v: Tensor, radius: float | None) -> Tensor:
 
 
 def project(x: Tensor, c: float | Tensor) -> Tensor:
-    """Move points on or outside the boundary inside; points inside do not change.
-
-    Returns:
-        Points with ``sqrt(c)|x| <= 1 - boundary_eps``.
+    """Move points on or outside the boundary inside, to ``sqrt(c)|x| = 1 - boundary_eps``.
 
     Example:
         >>> project(torch.tensor([[2.0, 0.0], [0.5, 0.0]]), c=1.0)
@@ -446,8 +432,7 @@ def riemannian_gradient(x: Tensor, c: float | Tensor) -> Tensor:
 
     .. math:: \nabla^{\mathrm{riem}} = \frac{(1 - c|x|^2)^2}{4} \nabla
 
-    The official HIER code applies it to both losses. ``c`` receives no gradient. The factor is 0 on the boundary
-    and outside.
+    ``c`` receives no gradient. The factor is 0 on the boundary and outside.
 
     Example:
         >>> x = torch.zeros(1, 2, requires_grad=True)

@@ -156,8 +156,8 @@ class _References:
 
     def __init__(self, points: Tensor, c: float, index: str | Callable[[int], Any] | None) -> None:
         self.points, self.c = points, c
-        self.conformal = _by_rows(poincare._lorentz_factor, points)
-        self.largest_time = 2 * self.conformal.amax().square() - 1
+        self.lorentz_factor = _by_rows(poincare._lorentz_factor, points)
+        self.largest_time = 2 * self.lorentz_factor.amax().square() - 1
         self.index: Any = None
         if index is not None or (points.device.type == "cpu" and _faiss() is not None):
             self.index = _build_index(self._lifted(torch.float32).cpu().numpy(), index or "Flat")
@@ -208,7 +208,7 @@ class _References:
         """By the distances of all pairs."""
         parts = []
         for rows in points.split(_rows_at_once(len(self.points))):
-            distances, indices = self._distances(rows, self.points, self.conformal).sort(stable=True)
+            distances, indices = self._distances(rows, self.points, self.lorentz_factor).sort(stable=True)
             parts.append((distances[:, :k], indices[:, :k]))
         distances, indices = (torch.cat(columns) for columns in zip(*parts, strict=True))
         return distances, indices, torch.ones_like(indices[:, 0], dtype=torch.bool)
@@ -219,16 +219,18 @@ class _References:
         parts = []
         size = _rows_at_once(candidates.shape[1] * points.shape[1])
         for rows, chosen in zip(points.split(size), candidates.split(size), strict=True):
-            distances = self._distances(rows.unsqueeze(1), self.points[chosen], self.conformal[chosen]).squeeze(1)
+            distances = self._distances(
+                rows.unsqueeze(1), self.points[chosen], self.lorentz_factor[chosen]
+            ).squeeze(1)
             distances, order = distances.masked_fill(chosen < 0, torch.inf).sort(stable=True)
             parts.append((distances[:, :k], chosen.gather(1, order[:, :k])))
         distances, indices = (torch.cat(columns) for columns in zip(*parts, strict=True))
         return distances, indices
 
-    def _distances(self, x: Tensor, y: Tensor, conformal: Tensor) -> Tensor:
+    def _distances(self, x: Tensor, y: Tensor, lorentz_factor: Tensor) -> Tensor:
         """Distances of all pairs in the form of `poincare.distance`, with ``|x - y|`` from differences."""
         gap = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-        return 2 * (gap * poincare._lorentz_factor(x) * conformal.mT).asinh()
+        return 2 * (gap * poincare._lorentz_factor(x) * lorentz_factor.mT).asinh()
 
     def _decided(self, query: Tensor, distances: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
         """Whether no reference but the candidates can be as near as the k-th neighbour.
