@@ -4,24 +4,19 @@
     python -m benchmarks.evidence.images                              # the report of the runs so far
 
 ``--data`` is CUB-200, the 2010 release: a folder of images for each species, and families.json {species: family}.
-Each run is one of examples/retrieval_benchmarks/train.py, whose command is printed; ``--output`` has the log and
-checkpoint of the one that is not finished. For each seed, half of the species are drawn for training; each image of
-the others is searched for among these. All methods of a seed have the same split, initial weights, batches and
-crops. Finished runs are appended to images.jsonl.
+A run is one of examples/retrieval_benchmarks/train.py: its command is printed, ``--output`` gets its log. For each
+seed, half of the species are drawn for training. Each image of the others is searched for among these. All methods
+of a seed have the same split, initial weights, batches and crops. Runs are appended to images.jsonl.
 """
 
-import argparse
-import itertools
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from . import curves, study
-from .training import SCORES
+from . import curves
 
 __all__ = ["LOSSES", "METHODS", "command", "curve"]
 
@@ -47,45 +42,27 @@ def command(data: Path, output: Path, loss: str, method: str, seed: int, epochs:
 def curve(log: Path) -> dict[str, Any]:
     """Scores by cosine at each epoch that was evaluated, and the share of embeddings beyond the clip radius."""
     rows = [row for row in map(json.loads, log.read_text().splitlines()) if "cosine" in row]
-    return {
-        str(row["epoch"]): {
-            "test": {score: round(row["cosine"][score], 4) for score in SCORES},
-            "clipped": round(row["clipped"], 4),
-        }
-        for row in rows
-    }
+    return {str(row["epoch"]): {"test": row["cosine"], "clipped": row["clipped"]} for row in rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evidence.images",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("--data", type=Path, help="folder of the images; without it, only the report")
-    parser.add_argument("--output", type=Path, help="folder for what is not finished")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
-    parser.add_argument("--epochs", type=int, default=6, help="of training (default: 6)")
-    parser.add_argument("--folder", type=Path, default=study.FOLDER, help="where the runs are kept")
-    parser.add_argument("--images", type=Path, default=curves.IMAGES, help="where the picture goes")
+    parser = curves.make_parser("images", __doc__, 6, "folder of the images")
+    parser.add_argument("--output", type=Path, help="folder for logs and checkpoints")
     args = parser.parse_args()
     if args.data and not args.output:
-        parser.error("--data needs --output PATH, a folder for what is not finished")
-    keys = ("loss", "method", "seed", "epochs")
-    done = {tuple(row[key] for key in keys) for row in study.read("images", args.folder)}
-    # Seed by seed, so that an unfinished study is balanced.
-    for seed, loss, method in itertools.product(range(args.seeds if args.data else 0), LOSSES, METHODS):
-        if (loss, method, seed, args.epochs) in done:
-            continue
-        output = args.output / f"{loss}-{method.replace(' ', '-')}-{seed}-{args.epochs}"
-        words = command(args.data, output, loss, method, seed, args.epochs)
+        parser.error("--data needs --output PATH, a folder for logs and checkpoints")
+
+    def run_one(loss: str, method: str, seed: int) -> dict[str, Any]:
+        output = args.output / f"{loss}-{method.replace(' ', '-')}-{seed}-{args.length}"
+        words = command(args.data, output, loss, method, seed, args.length)
         print(shlex.join(words), flush=True)
         subprocess.run(words, check=True)
-        row = {"dataset": "cub", "loss": loss, "method": method, "seed": seed, "epochs": args.epochs}
-        args.folder.mkdir(parents=True, exist_ok=True)
-        with (args.folder / "images.jsonl").open("a") as file:
-            file.write(json.dumps({**row, "curve": curve(output / "log.jsonl")}) + "\n")
-        shutil.rmtree(output)
+        found = curve(output / "log.jsonl")
+        (output / "checkpoint.pt").unlink()
+        return found
+
+    if args.data:
+        curves.perform(args, "cub", LOSSES, METHODS, run_one)
     curves.write(args.folder, args.images)
 
 

