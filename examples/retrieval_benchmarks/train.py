@@ -216,7 +216,8 @@ class Trainer:
         torch.manual_seed(args.seed)  # all processes start alike
         pretrained = not (args.no_pretrained or args.resume)
         model = EmbeddingModel(settings, args.image_size, pretrained)
-        self.model = model.to(self.device, memory_format=torch.channels_last)  # faster convolutions
+        # Convolutions are faster in this layout.
+        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.criteria = make_criteria(args.base_loss, num_classes, settings).to(self.device)
         self.optimizer = make_optimizer(self.model, self.criteria, settings)
         self.scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
