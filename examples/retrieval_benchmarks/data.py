@@ -1,8 +1,9 @@
-"""The four datasets, as they are unpacked, and their conventions of evaluation."""
+"""The four datasets, as they are unpacked, any folders of images, and their conventions of evaluation."""
 
 import dataclasses
+import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ from pytorch_metric_learning.datasets.cub import CUB
 from pytorch_metric_learning.datasets.sop import StanfordOnlineProducts
 from torchvision.transforms import v2
 
-__all__ = ["BENCHMARKS", "Benchmark", "InShop", "eval_transform", "train_transform"]
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "ImageFolders",
+    "InShop",
+    "eval_transform",
+    "read_taxonomy",
+    "train_transform",
+]
+
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 class InShop(BaseDataset):  # type: ignore[misc]
@@ -45,6 +57,60 @@ class InShop(BaseDataset):  # type: ignore[misc]
         raise NotImplementedError("In-Shop is given out on request by the authors of DeepFashion")
 
 
+class ImageFolders(BaseDataset):  # type: ignore[misc]
+    """A folder of images for each class; half of the classes are for training, rounded down.
+
+    ``seed`` draws them. Without it, they are the first ones by name.
+    """
+
+    def __init__(self, root: str, split: str, transform: Any = None, *, seed: int | None = None) -> None:
+        self.seed = seed
+        super().__init__(root, split, transform)
+
+    def get_available_splits(self) -> list[str]:
+        return ["train", "test"]
+
+    def generate_split(self) -> None:
+        names = class_names(Path(self.root))
+        order = torch.arange(len(names))
+        if self.seed is not None:
+            order = torch.randperm(len(names), generator=torch.Generator().manual_seed(self.seed))
+        half = len(names) // 2
+        chosen = sorted((order[:half] if self.split == "train" else order[half:]).tolist())
+        images = [(path, label) for label in chosen for path in images_in(Path(self.root, names[label]))]
+        self.paths = [str(path) for path, _ in images]
+        self.labels = [label for _, label in images]
+
+    def download_and_remove(self) -> None:
+        raise NotImplementedError("a folder of images is your own")
+
+
+def images_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def class_names(root: Path) -> list[str]:
+    """Folders with images. Their order is that of the labels."""
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and images_in(path))
+    if len(names) < 4:
+        raise ValueError(f"{root} must have a folder of images for each of at least 4 classes, got {len(names)}")
+    return names
+
+
+def read_taxonomy(file: Path, root: Path) -> torch.Tensor:
+    """Number of the superclass for each class of a folder."""
+    above: dict[str, str] = json.loads(file.read_text())
+    names = class_names(root)
+    missing = [name for name in names if name not in above]
+    if missing:
+        raise ValueError(
+            f"{file} must have the superclass of every folder of {root}; "
+            f"{len(missing)} are missing, the first is {missing[0]!r}"
+        )
+    superclasses = sorted(set(above.values()))
+    return torch.tensor([superclasses.index(above[name]) for name in names])
+
+
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
     """A dataset and how it is evaluated.
@@ -52,7 +118,7 @@ class Benchmark:
     Without a gallery, every image of the query split is searched for among the others.
     """
 
-    dataset: type[BaseDataset]
+    dataset: Callable[..., BaseDataset]
     recall_at: Sequence[int]
     query: str = "test"
     gallery: str | None = None
@@ -69,6 +135,7 @@ BENCHMARKS = {
     "cars": Benchmark(Cars196, (1, 2, 4, 8)),
     "sop": Benchmark(StanfordOnlineProducts, (1, 10, 100, 1000)),
     "inshop": Benchmark(InShop, (1, 10, 20, 30), query="query", gallery="gallery"),
+    "folder": Benchmark(ImageFolders, (1, 2, 4, 8)),
 }
 
 # Some images are grey, or CMYK.

@@ -1,4 +1,4 @@
-"""Train and evaluate on the benchmarks of the HIER paper: CUB-200-2011, Cars-196, SOP and In-Shop.
+"""Train and evaluate on the benchmarks of the HIER paper (CUB-200-2011, Cars-196, SOP, In-Shop) or on any images.
 
 On one GPU "python train.py ...", on two "torchrun --nproc-per-node 2 train.py ...". The output folder gets
 log.jsonl, one line per epoch, and checkpoint.pt, from which --resume goes on. Settings start from the paper's
@@ -11,17 +11,19 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
-from data import BENCHMARKS, eval_transform, train_transform
+from backbones import make_backbone, pixels_of
+from data import BENCHMARKS, ImageFolders, eval_transform, read_taxonomy, train_transform
 from pytorch_metric_learning import losses, miners, samplers
-from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.distances import BaseDistance, CosineSimilarity
 from pytorch_metric_learning.utils import common_functions
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.distributed import DistributedLossWrapper, DistributedMinerWrapper
 from pytorch_metric_learning.utils.inference import CustomKNN
 from settings import BACKBONES, Settings, settings_for
@@ -32,6 +34,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from hierloss import HIERLoss, PoincareDistance, PoincareKNN, ReciprocalNeighborMiner
+from hierloss.metrics import hierarchical_average_precision
 
 # Number of classes, embedding size, distance on the ball.
 BASE_LOSSES: dict[str, Callable[[int, int, PoincareDistance], nn.Module]] = {
@@ -43,6 +46,8 @@ BASE_LOSSES: dict[str, Callable[[int, int, PoincareDistance], nn.Module]] = {
     "hyp": lambda _classes, _size, distance: losses.NTXentLoss(temperature=0.2, distance=distance),
 }
 STATEFUL = ("model", "criteria", "optimizer", "scaler")
+MOST_RANKED = 5000
+"""Images, drawn at random, among which the scores of a taxonomy are computed: their time grows with its square."""
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -53,6 +58,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", choices=BENCHMARKS, required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder of the dataset, see docs/benchmarks.md")
+    parser.add_argument("--random-split", action="store_true", help="folder: draw the training classes, by --seed")
+    parser.add_argument("--taxonomy", type=Path, help="folder: JSON file {class: superclass}, for more scores")
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet50")
     parser.add_argument("--base-loss", choices=BASE_LOSSES, default="proxy_anchor")
     parser.add_argument("--output", type=Path, required=True, help="folder for log and checkpoint")
@@ -66,6 +73,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     )
     parser.add_argument("--workers", type=int, default=8, help="processes that load images (default 8)")
     parser.add_argument("--eval-every", type=int, default=1, help="epochs between evaluations (default 1)")
+    parser.add_argument("--eval-first", action="store_true", help="evaluate before training too, as epoch 0")
     recipe = parser.add_argument_group("settings", "default: the recipe of the dataset and backbone, settings.py")
     for field in dataclasses.fields(Settings):
         kind: dict[str, Any] = {"type": field.type}
@@ -74,6 +82,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
         option = "--" + field.name.replace("_", "-")
         recipe.add_argument(option, default=argparse.SUPPRESS, help=field.metadata["help"], **kind)
     args = parser.parse_args(argv)
+    if args.dataset != "folder" and (args.random_split or args.taxonomy):
+        parser.error("--random-split and --taxonomy are for --dataset folder")
     changes = {
         field.name: getattr(args, field.name) for field in dataclasses.fields(Settings) if field.name in args
     }
@@ -90,11 +100,7 @@ class EmbeddingModel(nn.Module):
 
     def __init__(self, settings: Settings, image_size: int, pretrained: bool) -> None:
         super().__init__()
-        # Vision transformers have to know the size of the images.
-        size: dict[str, Any] = {"img_size": image_size} if about(settings.model).fixed_input_size else {}
-        backbone: Any = timm.create_model(settings.model, pretrained=pretrained, num_classes=0, **size)
-        if hasattr(backbone, "patch_embed"):
-            backbone.patch_embed.requires_grad_(False)
+        backbone = make_backbone(settings.model, image_size, pretrained, settings.frozen_blocks)
         self.backbone = freeze_batch_norm_2d(backbone) if settings.freeze_batch_norm else backbone
         self.norm = nn.LayerNorm(backbone.num_features, elementwise_affine=False)
         self.head = nn.Linear(backbone.num_features, settings.embedding_size)
@@ -104,14 +110,6 @@ class EmbeddingModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         embeddings: Tensor = self.head(self.norm(self.backbone(images)))
         return embeddings
-
-
-def about(model: str) -> Any:
-    """What timm knows of a model: the size, mean and standard deviation of its images."""
-    found = timm.get_pretrained_cfg(model)
-    if found is None:
-        raise ValueError(f"model must be one of timm.list_models(pretrained=True), got {model!r}")
-    return found
 
 
 def make_criteria(base_loss: str, num_classes: int, settings: Settings) -> nn.ModuleDict:
@@ -202,20 +200,24 @@ class Trainer:
         self.distributed = dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if self.distributed else (0, 1)
         self.what = {
-            name: getattr(args, name) for name in ("dataset", "base_loss", "image_size", "precision", "seed")
+            name: getattr(args, name)
+            for name in ("dataset", "random_split", "base_loss", "image_size", "precision", "seed")
         }
         self.what |= {"processes": self.world_size, **dataclasses.asdict(settings)}
         self.benchmark = BENCHMARKS[args.dataset]
-        self.pixels = {
-            "size": args.image_size,
-            **{name: getattr(about(settings.model), name) for name in ("mean", "std")},
-        }
+        if args.random_split:
+            self.benchmark = dataclasses.replace(self.benchmark, dataset=partial(ImageFolders, seed=args.seed))
+        self.superclasses = read_taxonomy(args.taxonomy, args.data) if args.taxonomy else None
+        mean, std, _ = pixels_of(settings.model)
+        self.pixels: dict[str, Any] = {"size": args.image_size, "mean": mean, "std": std}
         self.train_set = self.benchmark.train_set(args.data, train_transform(**self.pixels))
         num_classes = len(set(self.train_set.labels))
 
         torch.manual_seed(args.seed)  # all processes start alike
         pretrained = not (args.no_pretrained or args.resume)
-        self.model = EmbeddingModel(settings, args.image_size, pretrained).to(self.device)
+        model = EmbeddingModel(settings, args.image_size, pretrained)
+        # Convolutions are faster in this layout.
+        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.criteria = make_criteria(args.base_loss, num_classes, settings).to(self.device)
         self.optimizer = make_optimizer(self.model, self.criteria, settings)
         self.scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
@@ -226,15 +228,22 @@ class Trainer:
         self.parallel = DistributedDataParallel(self.model) if self.distributed else self.model
 
     def run(self) -> None:
-        for epoch in range(len(self.log) + 1, self.settings.epochs + 1):
+        if self.args.eval_first and not self.log:
+            start = time.perf_counter()
+            self.record({"epoch": 0, **self.evaluate()}, start)
+        done = self.log[-1]["epoch"] if self.log else 0
+        for epoch in range(done + 1, self.settings.epochs + 1):
             start = time.perf_counter()
             row = {"epoch": epoch, "loss": self.train_epoch(epoch)}
             if epoch % self.args.eval_every == 0 or epoch == self.settings.epochs:
                 row |= self.evaluate()
-            self.log.append({**row, "seconds": round(time.perf_counter() - start, 1)})
-            if self.rank == 0:
-                self.save()
-                tqdm.write(json.dumps(self.log[-1]))
+            self.record(row, start)
+
+    def record(self, row: dict[str, Any], start: float) -> None:
+        self.log.append({**row, "seconds": round(time.perf_counter() - start, 1)})
+        if self.rank == 0:
+            self.save()
+            tqdm.write(json.dumps(self.log[-1]))
 
     def train_epoch(self, epoch: int) -> float:
         """Mean loss."""
@@ -269,20 +278,21 @@ class Trainer:
         return total / len(batches)
 
     def evaluate(self) -> dict[str, Any]:
-        """R@k in both spaces, and the share of embeddings that are clipped on the way onto the ball."""
+        """R@k in both spaces, scores of the taxonomy if there is one, and the share of clipped embeddings."""
         if self.distributed:
             for buffer in self.model.buffers():  # statistics of batch norm differ between processes
                 dist.broadcast(buffer, 0)
         query = self.embed(self.benchmark.query)
         gallery = self.embed(self.benchmark.gallery) if self.benchmark.gallery else (None, None)
-        spaces = {
-            "cosine": CustomKNN(CosineSimilarity(), batch_size=1000),
-            "poincare": PoincareKNN(PoincareDistance(c=self.settings.c, clip_radius=self.settings.clip_radius)),
-        }
+        cosine = CosineSimilarity()
+        poincare = PoincareDistance(c=self.settings.c, clip_radius=self.settings.clip_radius)
         result: dict[str, Any] = {
-            space: recall(knn_func, self.benchmark.recall_at, *query, *gallery)
-            for space, knn_func in spaces.items()
+            "cosine": recall(CustomKNN(cosine, batch_size=1000), self.benchmark.recall_at, *query, *gallery),
+            "poincare": recall(PoincareKNN(poincare), self.benchmark.recall_at, *query, *gallery),
         }
+        if self.superclasses is not None:
+            for space, distance in {"cosine": cosine, "poincare": poincare}.items():
+                result[space] |= taxonomy_scores(distance, *query, self.superclasses)
         result["clipped"] = float((query[0].norm(dim=1) >= self.settings.clip_radius).double().mean())
         return result
 
@@ -355,6 +365,27 @@ def recall(
     _, neighbors = knn_func(query, most, gallery, ref_includes_query=alone)
     hits = gallery_labels[neighbors] == query_labels[:, None]
     return {f"R@{k}": 100 * float(hits[:, :k].any(1).double().mean()) for k in recall_at}
+
+
+def taxonomy_scores(
+    distance: BaseDistance, embeddings: Tensor, labels: Tensor, superclasses: Tensor
+) -> dict[str, float]:
+    """MAP@R of the classes, precision at 20 of their superclasses, and H-AP, in %."""
+    drawn = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:MOST_RANKED]
+    embeddings, labels = embeddings.cpu()[drawn], labels.cpu()[drawn]
+    superclass = superclasses[labels]
+    knn_func = CustomKNN(distance, batch_size=1000)
+    calculator = AccuracyCalculator(
+        ("mean_average_precision_at_r",), k="max_bin_count", knn_func=knn_func, device=torch.device("cpu")
+    )
+    _, nearest = knn_func(embeddings, min(20, len(labels) - 1), embeddings, ref_includes_query=True)
+    matrix = distance(embeddings)
+    taxonomy = torch.stack([labels, superclass], 1)
+    return {
+        "MAP@R": 100 * calculator.get_accuracy(embeddings, labels)["mean_average_precision_at_r"],
+        "superclass P@20": 100 * float((superclass[nearest] == superclass[:, None]).double().mean()),
+        "H-AP": 100 * hierarchical_average_precision(-matrix if distance.is_inverted else matrix, taxonomy),
+    }
 
 
 # --- program ------------------------------------------------------------------------------------------------

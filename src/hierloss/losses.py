@@ -50,8 +50,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     random: ancestors are the most probable ones, and triplets are evenly spread.
 
     It is called as any PML loss, with embeddings ``(N, D)`` of any floating dtype and labels ``(N,)`` or ``None``,
-    and returns a scalar, at least float32. It ignores the ``indices_tuple`` of `MultipleLosses`, and mines its own
-    triplets. Random numbers come from torch's default generators.
+    and returns a scalar, at least float32. Embeddings are outputs of the network, neither normalized nor mapped to
+    the ball; values that are not finite give a loss that is not. The ``indices_tuple`` of `MultipleLosses` is
+    ignored: HIERLoss mines its own triplets. Random numbers come from torch's default generators.
 
     Args:
         num_proxies: number of hierarchical proxies ``P``, 512 in the paper. Time grows faster than linearly with
@@ -114,22 +115,21 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         super().__init__(**kwargs)
         if not isinstance(self.distance, PoincareDistance):
             got = type(self.distance).__name__
-            raise TypeError(
-                f"distance must be a hierloss.PoincareDistance, whose ball has the ancestors, got {got}"
-            )
+            raise TypeError(f"distance must be a hierloss.PoincareDistance, got {got}: ancestors are on its ball")
         if self.distance.power != 1:
             raise ValueError(f"the power of the distance must be 1 for HIERLoss, got {self.distance.power}")
         self.num_proxies = check_count("num_proxies", num_proxies)
         self.margin = check_number("margin", margin, positive=False)
         self.temperature = check_temperature(temperature)
-        self.miner: BaseMiner = ReciprocalNeighborMiner(distance=self.distance) if miner is None else miner
-        if not isinstance(self.miner, BaseMiner):
+        if not (miner is None or isinstance(miner, BaseMiner)):
             raise TypeError(f"miner must be a miner of pytorch_metric_learning, got {type(miner).__name__}")
+        self.miner: BaseMiner = ReciprocalNeighborMiner(distance=self.distance) if miner is None else miner
         if isinstance(self.miner, ReciprocalNeighborMiner):
             self.miner.check_distance(self.distance)
         if not (proxy_miner is None or isinstance(proxy_miner, ReciprocalNeighborMiner)):
-            got = type(proxy_miner).__name__
-            raise TypeError(f"proxy_miner must be a hierloss.ReciprocalNeighborMiner, got {got}")
+            raise TypeError(
+                f"proxy_miner must be a hierloss.ReciprocalNeighborMiner, got {type(proxy_miner).__name__}"
+            )
         if proxy_batch_size is not None:
             check_count("proxy_batch_size", proxy_batch_size, minimum=2)
         if gradient_ratio is not None:
@@ -174,17 +174,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         *,
         neighbor_features: Tensor | None = None,
     ) -> Tensor:
-        """The loss of a batch, a scalar.
-
-        Args:
-            embeddings: outputs of the network, shape ``(N, D)``, neither normalized nor mapped to the ball (unless
-                the distance says that they are). Values that are not finite give a loss that is not.
-            labels: shape ``(N,)``, or ``None``.
-            indices_tuple: ignored.
-            ref_emb: not supported.
-            ref_labels: not supported.
-            neighbor_features: as in `neighbors_from`, for this call.
-        """
+        """The loss of a batch; ``neighbor_features`` are those of `neighbors_from`, for this call."""
         if ref_emb is not None or ref_labels is not None:
             raise ValueError(
                 "ref_emb and ref_labels are not supported by HIERLoss, expected None: neighbours are reciprocal "

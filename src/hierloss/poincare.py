@@ -153,7 +153,7 @@ def _inside(norm: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def exp_map0(v: Tensor, c: float | Tensor, clip_radius: float | None = None) -> Tensor:
-    r"""Exponential map at the origin, from Euclidean vectors to points at hyperbolic distance ``2|v|`` from it.
+    r"""Exponential map at the origin: points at hyperbolic distance ``2|v|`` from it, strictly inside the ball.
 
     .. math:: \exp_0(v) = \tanh(\sqrt c\,|v|) \frac{v}{\sqrt c\,|v|}
 
@@ -161,9 +161,6 @@ def exp_map0(v: Tensor, c: float | Tensor, clip_radius: float | None = None) -> 
         v: tangent vectors of shape ``(..., D)``.
         c: minus the curvature.
         clip_radius: limit the norms of ``v`` to it first, see `clip_norm`.
-
-    Returns:
-        Points of shape ``(..., D)``, strictly inside the ball in their own dtype.
 
     Example:
         >>> exp_map0(torch.tensor([[1.0, 0.0]]), c=1.0)
