@@ -52,10 +52,7 @@ def paired(values: Sequence[float]) -> Difference:
 
 
 def gains(rows: list[Row], part: str, at: Callable[[Row], Scores]) -> dict[tuple[str, ...], dict[int, float]]:
-    """Gain of each method over the base loss alone, by data set, loss, method and score, for each seed.
-
-    ``at`` picks from a curve.
-    """
+    """Gain over the base loss for each seed, by data set, loss, method and score; ``at`` picks from a curve."""
     by_seed: dict[tuple[str, str, str], dict[int, Scores]] = defaultdict(dict)
     for row in rows:
         by_seed[row["dataset"], row["loss"], row["method"]][row["seed"]] = at(row)[part]  # type: ignore[index]
@@ -153,31 +150,28 @@ def figure(rows: list[Row], shown: Sequence[str], lengths: dict[tuple[str, str],
     multiples = (1, 2, 4)
     for line, dataset in enumerate(datasets):
         own = [row for row in rows if row["dataset"] == dataset]
-        for column, score in enumerate(SCORES):
-            ax = axes[line, column]
+        by_length = []
+        for multiple in multiples:
+
+            def at(row: Row, multiple: int = multiple) -> Any:
+                steps = multiple * lengths[row["dataset"], row["loss"]]
+                return row["curve"][str(min(steps, row["steps"]))]
+
+            by_length.append(gains(own, "test", at))
+        for ax, score in zip(axes[line], SCORES, strict=True):
             ax.axhline(0, color="#999999", lw=0.8)
             for color, method in zip(("#332288", "#CC6677", "#117733", "#DDAA33"), shown, strict=False):
-                points = []
-                for multiple in multiples:
-
-                    def at(row: Row, multiple: int = multiple) -> Any:
-                        return row["curve"][str(multiple * lengths[row["dataset"], row["loss"]])]
-
-                    # One value for each seed: the mean over the base losses.
-                    by_seed: dict[int, list[float]] = defaultdict(list)
-                    alone = {(r["loss"], r["seed"]): at(r)["test"][score] for r in own if r["method"] == "none"}
-                    for row in own:
-                        if row["method"] == method and (row["loss"], row["seed"]) in alone:
-                            by_seed[row["seed"]].append(at(row)["test"][score] - alone[row["loss"], row["seed"]])
-                    points.append(paired([float(np.mean(values)) for values in by_seed.values()] or [np.nan]))
+                points = [
+                    mean_gain([seeds for key, seeds in found.items() if key[2:] == (method, score)])
+                    for found in by_length
+                ]
                 means, halves = [p.mean for p in points], [p.half_width for p in points]
                 ax.errorbar(range(len(multiples)), means, halves, color=color, lw=1.6, capsize=2, label=method)
             ax.set_xticks(range(len(multiples)), [f"×{multiple}" for multiple in multiples])
             ax.spines[["top", "right"]].set_visible(False)
             if line == 0:
                 ax.set_title(score, fontsize=10)
-            if column == 0:
-                ax.set_ylabel(f"{dataset}\npoints", fontsize=9)
+        axes[line, 0].set_ylabel(f"{dataset}\npoints", fontsize=9)
     axes[0, 0].legend(fontsize=7, frameon=False)
     picture.supxlabel("length of training, relative to the best one of the base loss alone", fontsize=9)
     return picture
