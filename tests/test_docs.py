@@ -96,7 +96,7 @@ def test_every_public_name_is_in_the_api_page(pages):
     public = {f"hierloss.{name}" for name in hierloss.__all__ if name not in MODULES}
     for module in MODULES:
         public |= {f"hierloss.{module}.{name}" for name in importlib.import_module(f"hierloss.{module}").__all__}
-    assert len(public) > 30
+    assert len(public) >= 30
     assert public <= pages["api/index.html"].ids
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import poincare
 
-__all__ = ["RatioReports", "hold_gradient_ratio"]
+__all__ = ["hold_gradient_ratio"]
 
 _LARGE_AFTER = 100
 """Backward passes in a row with a gradient larger than all others' after which the warning comes."""

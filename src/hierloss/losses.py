@@ -178,7 +178,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if ref_emb is not None or ref_labels is not None:
             raise ValueError(
                 "ref_emb and ref_labels are not supported by HIERLoss, expected None: neighbours are reciprocal "
-                "within one set; concatenate the two sets, or use DistributedLossWrapper(efficient=False)"
+                "within one set; concatenate the two sets or, with DistributedLossWrapper, efficient=False"
             )
         if getattr(torch.compiler, "is_exporting", bool)():  # torch has it since 2.7
             raise RuntimeError("HIERLoss cannot be exported: it is for training; export the model alone")
@@ -225,12 +225,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             distances = distances + (neighbor_features.detach() * 0).sum().to(distances)
         sample_triplets, sample_valid = self._mine(embeddings, points, labels, neighbor_features)
         among_proxies = distances[batch_size:, proxy_batch].detach()
-        proxy_miner = next(
-            (m for m in (self.proxy_miner, self.miner) if isinstance(m, ReciprocalNeighborMiner)),
-            ReciprocalNeighborMiner(distance=self.distance),
-        )
-        mined = proxy_miner.sample(among_proxies, random=self.training)
-        proxy_triplets, proxy_valid = functional.drop_invalid(mined)
+        miner = self.proxy_miner or self.miner
+        sample = miner.sample if isinstance(miner, ReciprocalNeighborMiner) else functional.reciprocal_triplets
+        proxy_triplets, proxy_valid = functional.drop_invalid(sample(among_proxies, random=self.training))
         triplets = torch.cat([sample_triplets, proxy_triplets + batch_size], 1)
         losses, drawn = functional.hierarchical_triplet_loss(
             distances,
