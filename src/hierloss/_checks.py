@@ -1,4 +1,4 @@
-"""Checks and conversions of arguments. Every error names the argument, what was expected and what came."""
+"""Checks and conversions of arguments. Every error names the argument, the expected value and the given value."""
 
 import math
 import numbers

@@ -1,4 +1,4 @@
-"""What is drawn of a tree, and where: groups and names of the leaves, the top of the tree, points on the disk."""
+"""Layout of a drawn tree: groups and names of the leaves, the top of the tree, points on the disk."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ from ._checks import check_count, to_numpy
 from .hierarchy import Hierarchy
 
 Names = Sequence[str] | Mapping[Any, str] | None
-# Paul Tol's bright palette, which colour-blind readers can tell apart, and four more; seen on white and on black.
+# Paul Tol's bright palette, which colour-blind readers can tell apart, and four more; clear on white and on black.
 COLORS = "4477AA EE6677 228833 CCBB44 66CCEE AA3377 EE7733 009988 9977CC AA7744"
 STYLES = [("#" + color, marker) for marker in "os^DvPX*" for color in COLORS.split()]
 GREY = "#8C8C8C"
-LEAF_DISTANCE = 5.0  # hyperbolic, of the leaves from the root, along the edges: 0.987 of the radius
+LEAF_DISTANCE = 5.0  # hyperbolic distance of leaves from the root, along the edges: 0.987 of the radius
 
 
 class Leaves:
@@ -44,7 +44,7 @@ class Leaves:
         return style(group)[0] if self.labelled and (self.index[rows] == group).mean() > 0.5 else GREY
 
     def title(self, rows: np.ndarray) -> str:
-        """The name of a leaf; of a branch, its most frequent group and its number of leaves."""
+        """The name of a leaf, or the most frequent group and the number of leaves of a branch."""
         if len(rows) == 1 or not self.labelled:
             return self.names[rows[0]] if len(rows) == 1 else f"{len(rows)} leaves"
         group = self.group(rows)
@@ -52,7 +52,7 @@ class Leaves:
 
 
 def grouped(labels: Any, count: int, class_names: Names, kind: str) -> tuple[list[str], np.ndarray]:
-    """The name of each label, in the order of the labels, and which of them each leaf or embedding has."""
+    """Names of the distinct labels, in their order, and the index of the name of each leaf or embedding."""
     values = np.zeros(count, int) if labels is None else to_numpy(labels)
     if values.shape != (count,):
         raise ValueError(f"labels must have shape ({count},), one for each {kind}, got shape {values.shape}")
@@ -62,7 +62,7 @@ def grouped(labels: Any, count: int, class_names: Names, kind: str) -> tuple[lis
     groups = []
     for label in distinct.tolist():
         try:
-            if not isinstance(class_names, Mapping) and label < 0:  # would count from the end
+            if not isinstance(class_names, Mapping) and label < 0:  # Python would count it from the end
                 raise IndexError
             groups.append(str(class_names[label]))
         except (KeyError, IndexError, TypeError):
@@ -93,7 +93,7 @@ def as_images(images: Any, count: int) -> list[np.ndarray]:
 
 
 def prune(tree: Hierarchy, max_leaves: int) -> tuple[Hierarchy, list[np.ndarray]]:
-    """The top of a tree, with at most so many leaves, and the leaves that each of them stands for."""
+    """The top of a tree, with at most ``max_leaves`` leaves, and the original leaves under each of them."""
     first, count = tree.num_nodes, 1
     most = max(check_count("max_leaves", max_leaves, minimum=2), len(tree.children(tree.root)))
     while first > tree.num_leaves and (count := count + len(tree.children(first - 1)) - 1) <= most:
@@ -106,12 +106,12 @@ def prune(tree: Hierarchy, max_leaves: int) -> tuple[Hierarchy, list[np.ndarray]
 
 
 def sarkar(tree: Hierarchy) -> tuple[np.ndarray, float]:
-    """Points of the unit disk, complex, for all nodes; and hyperbolic length per unit of height."""
+    """Complex points of the unit disk for all nodes, and the hyperbolic length per unit of height."""
     scale = LEAF_DISTANCE / float(tree.heights[-1]) if tree.heights[-1] > 0 else 1.0
     middles = np.exp(2j * math.pi * tree.spans.mean(1) / tree.num_leaves)
     points = np.zeros(tree.num_nodes, complex)
     for node, above in reversed(list(enumerate(tree.parents[:-1]))):
-        # Seen from the parent, the middle of the arc is in this direction; geodesics from 0 are straight.
+        # With the parent moved to 0, this is the direction of the arc's middle: geodesics from 0 are straight.
         toward = _move(middles[node], -points[above])
         length = scale * float(tree.heights[above] - tree.heights[node])
         points[node] = _move(math.tanh(length / 2) * toward / abs(toward), points[above])

@@ -1,4 +1,4 @@
-"""The page of `plotting.write_html`: a picture of the disk, and plotly's icicle of the tree, to fold."""
+"""The page of `plotting.write_html`: a picture of the disk, and plotly's foldable icicle plot of the tree."""
 
 import base64
 import gzip
@@ -12,7 +12,7 @@ from .hierarchy import Hierarchy
 
 
 def render(tree: Hierarchy, leaves: Leaves, texts: Any, title: str, svg: str, plotly: str) -> str:
-    """The page. What users pass is escaped twice in the icicle: plotly reads some HTML in all of its texts."""
+    """The page. User text is escaped twice in the icicle plot, because plotly interprets some HTML in texts."""
     below = [tree.leaf_order[start:stop] for start, stop in tree.spans]
     hover = [[leaves.title(rows)] for rows in below]
     for node, lines in enumerate(hover):
@@ -40,7 +40,7 @@ def render(tree: Hierarchy, leaves: Leaves, texts: Any, title: str, svg: str, pl
     return _PAGE.format(title=escape(title), disk=svg[svg.index("<svg") :], packed=packed)
 
 
-# Plotly has 5 MB. Packed it has 2, and the browser unpacks it itself, without loading anything.
+# Plotly has 5 MB, compressed 2 MB. The browser decompresses it, and loads nothing from the network.
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">

@@ -19,14 +19,14 @@ class PoincareDistance(BaseDistance):  # type: ignore[misc]
     .. math:: d(x, y) = \frac{2}{\sqrt c} \operatorname{arsinh}
         \frac{\sqrt c\,|x - y|}{\sqrt{(1 - c|x|^2)(1 - c|y|^2)}}
 
-    Embeddings are Euclidean features by default. PML's normalization is then the map onto the ball: norms are
+    Embeddings are Euclidean features by default. The map onto the ball replaces PML's normalization: norms are
     clipped to ``clip_radius``, and the exponential map at the origin is applied. The largest distance is ``4 *
     clip_radius``, 9.2 by default. Coordinates are computed in float64, also under autocast; distances have the
     dtype of the embeddings, and at least float32.
 
     Args:
         c: minus the curvature, a positive number; or a ``geoopt.PoincareBall``, also with learnable curvature
-            (which the optimizer must then be given).
+            (then give its parameters to the optimizer).
         clip_radius: largest norm of an embedding, ``None`` for no limit.
         normalize_embeddings: ``True`` for Euclidean features, ``False`` for points already on the ball.
         **kwargs: PML's options: ``power``, ``collect_stats``.
@@ -72,7 +72,7 @@ class PoincareDistance(BaseDistance):  # type: ignore[misc]
     def normalize(self, embeddings: Tensor, dim: int = -1, **_: Any) -> Tensor:
         """Points of the ball ``(..., D)`` in float64, from Euclidean features ``(..., D)``.
 
-        PML passes ``dim``, the last dimension; another one is a `ValueError`.
+        PML passes ``dim``, the last dimension; any other raises a `ValueError`.
         """
         if dim not in (-1, embeddings.ndim - 1):
             raise ValueError(

@@ -5,7 +5,7 @@ Conventions of this file
     - ``triplets`` are three index tensors ``(anchors, positives, negatives)`` of shape ``(T,)``: ``anchors``
       and ``positives`` are the related pair.
     - ``noise`` is standard Gumbel noise; random numbers come from torch's default generator of the device.
-    - Shapes are fixed: the CPU never waits for the GPU.
+    - Shapes do not depend on values on a GPU, so no synchronization is needed.
 
 Source: Kim, Jeong, Kwak, "HIER: Metric Learning Beyond Class Labels via Hierarchical Regularization" (CVPR
 2023, arXiv 2212.14258), sections 3.2 and 3.3.
@@ -22,11 +22,11 @@ from ._checks import check_count, check_number, check_temperature
 __all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_triplets"]
 
 _CHUNK_CELLS = 2**18
-"""Cells of a (triplets, proxies) array that are worked on at a time on a CPU, near its cache."""
+"""Cells of a (triplets, proxies) array in one chunk on a CPU, about the size of its cache."""
 
 _CHUNK_CELLS_FUSED = 2**24
-"""The same on an accelerator, where launching a kernel costs more than leaving the cache, and for a compiler,
-which fuses what is in a chunk and unrolls the rest."""
+"""The same on an accelerator, where a kernel launch costs more than a cache miss, and for a compiler, which
+fuses the operations of a chunk and unrolls the loop over chunks."""
 
 
 def reciprocal_triplets(
@@ -48,7 +48,7 @@ def reciprocal_triplets(
     Args:
         distances: symmetric distances of shape ``(N, N)``; the diagonal is ignored. They get no gradient.
         labels: class labels of shape ``(N,)``, or ``None``.
-        num_neighbors: ``k``; more than ``N`` means ``N``.
+        num_neighbors: ``k``; values above ``N`` mean ``N``.
         triplets_per_anchor: ``t``.
         random: ``False`` spreads positives and negatives evenly instead of drawing them.
 
@@ -71,8 +71,8 @@ def reciprocal_triplets(
     check_count("num_neighbors", num_neighbors, minimum=2)
     check_count("triplets_per_anchor", triplets_per_anchor)
     with torch.no_grad():
-        # Smaller is more similar: with equal labels -1 / d < 0, else d. The same order as S has, but it does not
-        # underflow; a point is first among its own neighbours.
+        # Smaller is more similar: -1 / d < 0 for equal labels, else d. The order is that of S, but without
+        # underflow. A point is first among its own neighbours.
         order = distances
         if labels is not None:
             tiny = torch.finfo(distances.dtype).tiny
@@ -85,7 +85,7 @@ def reciprocal_triplets(
         draws = distances.new_empty(count, triplets_per_anchor, dtype=torch.float32)
         if random:
             uniform = [_uniform(draws) for _ in range(2)]
-        else:  # even, each by itself and both together: the second steps by the golden ratio
+        else:  # both evenly spaced, and their pairs too: the second has steps of the golden ratio
             steps = torch.arange(triplets_per_anchor, dtype=draws.dtype, device=draws.device) + 0.5
             uniform = [
                 (steps * step % 1).expand(count, -1) for step in (1 / triplets_per_anchor, 0.5 * 5**0.5 - 0.5)
@@ -104,18 +104,18 @@ def reciprocal_triplets(
 
 
 def _choice(mask: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """A true column of each row for every number of [0, 1); and how many there are."""
+    """The column of a true entry of each row for every number in [0, 1); and the number of true entries."""
     cumulative = mask.cumsum(1, dtype=torch.int32)
     number = cumulative[:, -1:]
-    rank = (uniform * number).to(torch.int32) + 1  # in float32 the product of a number below 2^24 is below it
+    rank = (uniform * number).to(torch.int32) + 1  # in float32, uniform * n < n for n < 2^24
     column = torch.searchsorted(cumulative, rank)
-    return column.clamp_max(mask.shape[1] - 1), number.squeeze(1)  # a row without true columns has none
+    return column.clamp_max(mask.shape[1] - 1), number.squeeze(1)  # rows without true entries have no index
 
 
 def drop_invalid(mined: tuple[Tensor, Tensor, Tensor, Tensor], synchronize: bool = False) -> tuple[Tensor, Tensor]:
-    """Triplets ``(3, T)``, and which are valid ``(T,)``; without the invalid ones, unless all are invalid.
+    """Triplets ``(3, T)`` and their validity ``(T,)``, without invalid triplets, unless all are invalid.
 
-    They stay where leaving them out costs a synchronization, unless ``synchronize``.
+    Where the removal needs a synchronization, invalid triplets are kept, unless ``synchronize``.
     """
     triplets, valid = torch.stack(mined[:3]), mined[3]
     if (synchronize or shapes_may_depend_on_values(valid)) and valid.any():
@@ -129,7 +129,7 @@ def mean_over_valid(losses: Tensor, valid: Tensor) -> Tensor:
 
 
 def euclidean_distances(features: Tensor) -> Tensor:
-    """Distances of all pairs of features by matrix products; centred and in float64, they rank all but copies."""
+    """Distances of all pairs by matrix products, centred and in float64, so that only duplicates rank wrongly."""
     features = features.detach().to(torch.float32 if features.device.type == "mps" else torch.float64)
     features = features - features.mean(0)
     return torch.cdist(features, features, compute_mode="use_mm_for_euclid_dist")
@@ -164,7 +164,7 @@ def hierarchical_triplet_loss(
     forward pass uses the drawn proxy, the backward pass the soft probabilities of the same noise. Where two
     distances tie for the maximum, the gradient goes to the earlier of i, j, k.
 
-    Memory is ``O(T + NP)``: triplets are processed in chunks, and the backward pass computes again what it needs.
+    Memory is ``O(T + NP)``: triplets are processed in chunks, and the backward pass recomputes the rest.
     Without ``noise``, ancestors are drawn by inverting the cumulative distribution, and the backward pass draws
     Gumbel noise conditionally on the chosen ancestor: the same joint distribution, with one random number per draw
     in the forward pass.
@@ -179,7 +179,7 @@ def hierarchical_triplet_loss(
 
     Returns:
         `HierarchicalTripletLoss` of ``losses`` ``(T,)``, differentiable once, and ``ancestors`` ``(2, T)``. Each
-        backward pass draws noise of its own.
+        backward pass draws new noise.
 
     Example:
         >>> distances = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 2.0]])  # 3 points, 2 proxies
@@ -220,7 +220,7 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
             if noise is not None:
                 highest, drawn = ancestor_logits.add_(noise[:, here]).max(-1)
                 chunks.append(drawn)
-                zeros.append(highest.sum(0) * 0)  # NaN if the noise is
+                zeros.append(highest.sum(0) * 0)  # NaN if the noise is NaN
             else:
                 chunks.append(_inverse_cdf(ancestor_logits.softmax(-1)))
         ancestors = torch.cat(chunks, 1)
@@ -245,7 +245,7 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
     def gradient(ctx, grad_losses):  # type: ignore[no-untyped-def]
         distances, triplets, noise, ancestors = ctx.saved_tensors
         # The gradient with respect to d(., rho_ij), for i, j and k; that of d(., rho_ijk) is the opposite.
-        inactive = _terms(distances, triplets, ancestors, ctx.margin) <= 0  # false for NaN, which must go on
+        inactive = _terms(distances, triplets, ancestors, ctx.margin) <= 0  # false for NaN, which must propagate
         slopes = ~inactive * grad_losses
         slopes[2].neg_()
         kept = torch.arange(slopes.shape[1], device=slopes.device)
@@ -270,7 +270,7 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
 
 
 class _DifferentiableOnce(torch.autograd.Function):
-    """The identity on a gradient, which says so when it is differentiated itself."""
+    """The identity on a gradient, which raises an error if the gradient is differentiated."""
 
     @staticmethod
     def forward(grad, distances):  # type: ignore[no-untyped-def]
@@ -289,7 +289,7 @@ class _DifferentiableOnce(torch.autograd.Function):
 
 
 def shapes_may_depend_on_values(tensor: Tensor) -> bool:
-    """Whether this is eager mode on a CPU. Elsewhere such shapes cost a synchronization, or do not compile."""
+    """Whether this is eager mode on a CPU. Elsewhere, such shapes need a synchronization or do not compile."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -306,14 +306,14 @@ def _terms(distances: Tensor, triplets: Tensor, ancestors: Tensor, margin: float
     near, far = distances.reshape(-1)[cells].unbind(1)
     gap = near - far
     gap[2].neg_()
-    # The zero is NaN if any distance is not finite: such draws have no meaning, and the loss must show it.
+    # The last term is NaN if any distance is not finite: the draws are then meaningless, so the loss is NaN.
     return (gap + margin) * (ancestors[0] != ancestors[1]) + (distances.amax() - distances.amin()) * 0
 
 
 def _rows_and_ancestor_logits(logits: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of i, j and k, ``(3, T, P)``, and of the ancestors of i and j, and of all three, ``(2, T, P)``.
 
-    The farthest of several points is the one of smallest logit.
+    The farthest of several points is the one with the smallest logit.
     """
     rows = logits.index_select(0, triplets.flatten()).view(3, triplets.shape[1], logits.shape[1])
     ancestor_logits = torch.empty_like(rows[:2])
@@ -326,10 +326,10 @@ def _inverse_cdf(probabilities: Tensor) -> Tensor:
     """Draw an index of the last dimension."""
     cumulative = probabilities.cumsum(-1)
     total = cumulative[..., -1:]
-    # 1 - [0, 1) is never 0, so an index of weight 0 is never drawn, and never more than 1, so one always is.
+    # Numbers in (0, 1]: an index of weight 0 is never drawn, because 0 is excluded, and some index always is.
     uniform = 1 - _uniform(total)
     index = torch.searchsorted(cumulative, uniform.mul_(total))
-    return index.squeeze(-1).clamp_max_(probabilities.shape[-1] - 1)  # NaN has no index
+    return index.squeeze(-1).clamp_max_(probabilities.shape[-1] - 1)  # NaN gives an index out of range
 
 
 def _add_soft_gradient(
@@ -340,11 +340,11 @@ def _add_soft_gradient(
     slopes: Tensor,
     noise: Tensor | None,
 ) -> None:
-    """Add to ``grad``, that of the distances, what flows back through the soft choice of the ancestors.
+    """Add the gradient through the soft choice of the ancestors to ``grad``, the gradient of the distances.
 
-    The Gumbel-max trick is a race: proxy p arrives at ``t_p = exp(-gumbel_p) / probability_p``, the first is
-    drawn, and the soft probabilities are proportional to ``1 / t_p``. Given who was first, its time is standard
-    exponential, and every other arrives later than that by an exponential time of rate ``probability_p``.
+    In the Gumbel-max trick, proxy p has the time ``t_p = exp(-gumbel_p) / probability_p``. The smallest time is
+    drawn, and soft probabilities are proportional to ``1 / t_p``. Given the drawn proxy, its time is standard
+    exponential. The time of every other proxy is larger by an exponential variable of rate ``probability_p``.
     """
     rows, ancestor_logits = _rows_and_ancestor_logits(logits, triplets)
     if noise is not None:
@@ -353,18 +353,18 @@ def _add_soft_gradient(
         probabilities = ancestor_logits.softmax(-1)
         first = _uniform(probabilities[..., :1]).clamp_min_(torch.finfo(logits.dtype).tiny).log_()
         delay = _uniform(probabilities).log_().scatter_(-1, ancestors.unsqueeze(-1), 0)
-        # 1 / t_p = probability_p / (first * probability_p + delay_p). Logarithms of uniform numbers are negative
-        # exponential ones, so the result is negative; its sum below is negative too.
+        # 1 / t_p = probability_p / (first * probability_p + delay_p). The logarithm of a uniform variable is
+        # minus an exponential variable, so the result is negative, and so is its sum below.
         soft = probabilities.div_(delay.addcmul_(first, probabilities))
     towards = rows[0] * slopes[0].unsqueeze(-1)
     towards.addcmul_(rows[1], slopes[1].unsqueeze(-1)).addcmul_(rows[2], slopes[2].unsqueeze(-1))
-    # Backward of softmax. The distances of the loss stand here as logits, which gives the factor
+    # Backward of softmax. Logits are used here in place of the distances of the loss, which gives the factor
     # d logit / d distance = -1 / temperature of the softmax.
     total = soft.sum(-1, keepdim=True)
     mean = (soft * towards).sum(-1, keepdim=True).div_(total)
     total[1].neg_()
     pair, triple = soft.mul_(towards - mean).div_(total)
-    # The smaller logit passes its gradient on; rows become the gradients of i, j and k.
+    # The gradient goes to the smaller logit. The rows are overwritten by the gradients of i, j and k.
     from_j = torch.lt(rows[1], rows[0], out=towards)
     torch.lt(rows[2], ancestor_logits[0], out=rows[2]).mul_(triple)
     pair.add_(triple).sub_(rows[2])
@@ -377,8 +377,8 @@ def _uniform(like: Tensor) -> Tensor:
     """Uniform random numbers of [0, 1), shaped like ``like``, from torch's default generator."""
     if like.dtype != torch.float32 or not shapes_may_depend_on_values(like):
         return torch.rand(like.shape, dtype=like.dtype, device=like.device)
-    # Random numbers take much of the time on a CPU. Two of 32 bits are cheaper from one of 64 bits than from
-    # torch.rand. Of each, 24 bits are used, as torch.rand does.
+    # Random numbers take much of the time on a CPU. One draw of 64 bits, split into two numbers of 32 bits, is
+    # faster than torch.rand. Each number uses 24 bits, as in torch.rand.
     wide = torch.empty((like.numel() + 1) // 2, dtype=torch.int64, device=like.device).random_(-(2**63), None)
     bits = wide.view(torch.int32)[: like.numel()].view(like.shape)
     return bits.bitwise_and_(2**24 - 1).to(torch.float32).mul_(2.0**-24)

@@ -1,8 +1,8 @@
 """The gradient of one loss at a fixed ratio to the gradients of all others, by a hook on the embeddings.
 
-The loss reads the embeddings through an identity. In the backward pass the identity puts the gradient of the loss
-aside and passes zeros on. A hook on the embeddings runs when the gradients of all losses have been added up: it
-sees the sum of the others, scales what was put aside, and adds it. This needs no second backward pass, no wrapper
+The loss gets the embeddings through an identity function, whose backward pass stores the gradient of the loss and
+returns zeros. A hook on the embeddings runs after the gradients of all losses have been added. It receives the sum
+of the other gradients, scales the stored gradient, and adds it. This needs no second backward pass, no wrapper
 around the losses, and no synchronization.
 """
 
@@ -18,7 +18,7 @@ from . import poincare
 __all__ = ["hold_gradient_ratio"]
 
 _LARGE_AFTER = 100
-"""Backward passes in a row with a gradient larger than all others' after which the warning comes."""
+"""Consecutive backward passes with a gradient larger than that of all others, before a warning is given."""
 
 
 def hold_gradient_ratio(
@@ -28,13 +28,13 @@ def hold_gradient_ratio(
     on_ratio: Callable[[Tensor], None] | None = None,
     on_alone: Callable[[], None] | None = None,
 ) -> Tensor:
-    r"""Return the embeddings for one loss, whose gradient ``g`` reaches them scaled relative to all others'.
+    r"""Return the embeddings for one loss, whose gradient ``g`` is scaled relative to all other gradients.
 
     .. math:: \nabla = h + \rho \frac{\|h\|}{\|g\|} g
 
     ``h`` is the sum of all other gradients at the same tensor in the same backward pass, ``rho`` the ratio; norms
     are Frobenius norms over the batch. A common factor of all losses, of a gradient scaler for instance, does not
-    change the ratio. Values that are not finite stay so. If ``h`` or ``g`` is zero, the result is ``h``. If no
+    change the ratio. Non-finite values are kept. If ``h`` or ``g`` is zero, the result is ``h``. If no
     other loss uses the tensor in a backward pass, the result is ``g``.
 
     Args:
@@ -88,7 +88,7 @@ def hold_gradient_ratio(
 
 
 class RatioReports:
-    """What a loss tells about its ratio, each warning once."""
+    """The warnings of a loss about its gradient ratio, each given once."""
 
     def __init__(self) -> None:
         self._told_alone = self._told_large = False
@@ -121,14 +121,14 @@ class RatioReports:
 
 
 class _PutAside:
-    """The gradient of the loss between its own backward pass and the hook, and the zeros passed on for it."""
+    """The gradient of the loss, stored for the hook, and the zeros that were returned in its place."""
 
     gradient: Tensor | None = None
     zeros: Tensor | None = None
 
 
 class _Identity(torch.autograd.Function):
-    """The identity, whose backward passes zeros on and puts the gradient aside."""
+    """The identity, whose backward pass stores the gradient and returns zeros."""
 
     @staticmethod
     def forward(embeddings, aside, dtype):  # type: ignore[no-untyped-def]

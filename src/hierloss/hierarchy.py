@@ -6,12 +6,12 @@ Conventions of this file
     - Heights are hyperbolic distances, in the units of `PoincareDistance`; leaves are at height 0.
     - Distances have shape ``(N, P)``: of N samples, or classes, from P proxies.
 
-The ancestor of a set :math:`A` is the proxy that is nearest to its farthest member, as in HIERLoss. Their distance
-is the height of the set,
+The ancestor of a set :math:`A` is the proxy whose distance from the farthest member of the set is smallest, as in
+HIERLoss. This distance is the height of the set,
 
 .. math:: h(A) = \min_p \max_{a \in A} d(a, \rho_p),
 
-the smallest radius at which a ball around a proxy contains :math:`A`. `Hierarchy.from_distances` merges the two
+the radius of the smallest ball around a proxy that contains :math:`A`. `Hierarchy.from_distances` merges the two
 clusters of lowest joint height at each step: minimax linkage (Bien, Tibshirani 2011) with proxies as prototypes.
 """
 
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 __all__ = ["Hierarchy"]
 
 _ROUNDING = 1e-6
-"""Distances in float32 that differ by this share may be the same."""
+"""Distances in float32 with a smaller relative difference count as equal."""
 
 
 @dataclass(frozen=True, eq=False)
 class Hierarchy:
     r"""A tree over samples or classes, whose inner nodes are proxies.
 
-    ``HIERLoss.hierarchy`` builds one, as do `from_distances` and `from_linkage`. A node has more than two children
+    ``HIERLoss.hierarchy``, `from_distances` and `from_linkage` build trees. A node has more than two children
     where several clusters meet at exactly the same height below the same proxy.
 
     Attributes:
         parents: parent of each node, -1 for the root, shape ``(num_nodes,)``.
         heights: height of each node: the distance of its farthest leaf from its proxy. 0 for leaves.
-        proxies: the proxy that is the node's ancestor, for a leaf the nearest proxy; -1 in trees without proxies.
+        proxies: proxy of each inner node, and the nearest proxy of each leaf; -1 in trees without proxies.
         leaf_labels: label of each leaf, shape ``(num_leaves,)``, or ``None``.
 
     Example:
@@ -161,7 +161,7 @@ class Hierarchy:
     def from_linkage(cls, linkage: np.ndarray, labels: Any = None) -> "Hierarchy":
         """A tree of another method, without proxies, from a SciPy linkage matrix.
 
-        Merges at exactly the height of the merge above become one node with more children.
+        A merge at exactly the same height as its parent is joined with the parent into one node.
 
         Args:
             linkage: shape ``(N - 1, 4)``, from ``scipy.cluster.hierarchy.linkage``, without inversions.
@@ -216,12 +216,12 @@ class Hierarchy:
         return depth
 
     def leaves(self, node: int) -> np.ndarray:
-        """The leaves under a node, in increasing order; of a leaf, itself."""
+        """The leaves under a node, in increasing order; for a leaf, the leaf itself."""
         start, stop = self.spans[self._node(node)]
         return np.sort(self.leaf_order[start:stop])
 
     def lowest_common_ancestor(self, nodes: Iterable[int]) -> int:
-        """The lowest node that all the given nodes are under; its proxy is ``proxies[node]``.
+        """The lowest node whose subtree contains all given nodes; its proxy is ``proxies[node]``.
 
         Args:
             nodes: leaves or other nodes, at least one. A single node is its own ancestor.
@@ -245,9 +245,9 @@ class Hierarchy:
         """Cut the tree into groups of leaves, ``(num_leaves,)``, numbered from 0 by first appearance.
 
         Args:
-            num_groups: the number of groups; fewer come out where a node has more than two children, or where
+            num_groups: the number of groups; there can be fewer if a node has more than two children, or if
                 several nodes have the same height.
-            height: instead of the number, the height up to which leaves are together.
+            height: in place of the number: leaves with a common node up to this height form a group.
 
         Example:
             >>> tree = Hierarchy.from_distances(torch.tensor([[1.0, 4.0], [2.0, 4.0], [5.0, 4.0]]))
@@ -275,7 +275,7 @@ class Hierarchy:
         r"""The inner node of smallest height that contains each of ``M`` embeddings, the root if none does.
 
         A node with proxy :math:`\rho` contains an embedding ``x`` if :math:`d(x, \rho)` is at most its height,
-        rounding in float32 aside.
+        up to rounding in float32.
 
         Args:
             distances: of the new embeddings from all proxies, shape ``(M, P)``:
@@ -364,7 +364,7 @@ class Hierarchy:
             name = "" if self.proxies[node] < 0 else f"'proxy {self.proxies[node]}'"
             parts.append(f"({','.join(below)}){name}")
             for child in self._children[node]:
-                parts[child] = ""  # the text is in the parent's now
+                parts[child] = ""  # now part of the parent's text
         return parts[-1] + ";"
 
     def to_json(self) -> str:
@@ -375,7 +375,7 @@ class Hierarchy:
 
     @classmethod
     def from_json(cls, text: str) -> "Hierarchy":
-        """Read what `to_json` wrote.
+        """Read a tree from the output of `to_json`.
 
         Example:
             >>> tree = Hierarchy.from_distances(torch.tensor([[1.0, 4.0], [2.0, 4.0], [5.0, 4.0]]))
@@ -389,7 +389,7 @@ class Hierarchy:
         return cls(**fields)
 
     def _node(self, node: Any) -> int:
-        """The node, as a Python number, if it is one."""
+        """The node as a Python number; an error if there is no such node."""
         if not isinstance(node, (int, np.integer)) or not 0 <= node < self.num_nodes:
             raise ValueError(f"node must be a whole number from 0 to {self.num_nodes - 1}, got {node!r}")
         return int(node)
@@ -413,7 +413,7 @@ class Hierarchy:
 
     @cached_property
     def spans(self) -> np.ndarray:
-        """The places of each node's leaves in `leaf_order`: start and stop, shape ``(num_nodes, 2)``."""
+        """The positions of each node's leaves in `leaf_order`: start and stop, shape ``(num_nodes, 2)``."""
         spans = np.zeros((self.num_nodes, 2), np.int64)
         spans[-1, 1] = self.num_leaves
         for node in range(self.num_nodes - 1, self.num_leaves - 1, -1):
@@ -425,7 +425,7 @@ class Hierarchy:
 
     @cached_property
     def leaf_order(self) -> np.ndarray:
-        """The leaves from left to right, such that those under any node stand side by side."""
+        """The leaves from left to right, such that the leaves under each node are contiguous."""
         order = np.argsort(self.spans[: self.num_leaves, 0])
         order.setflags(write=False)
         return order

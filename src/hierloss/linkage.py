@@ -5,11 +5,11 @@ import numpy as np
 __all__ = ["check_size", "minimax_linkage", "nodes_of_merges"]
 
 _MAX_LEAVES, _MAX_CELLS = 50_000, 10**8
-"""The largest tree: more leaves or distances are refused rather than exhausting memory."""
+"""Limits of the tree size: larger inputs raise an error instead of exhausting the memory."""
 
 
 def check_size(leaves: int, proxies: int, kind: str) -> None:
-    """Raise unless so many leaves and proxies make a tree that fits into memory."""
+    """Raise unless there are enough leaves and proxies for a tree, and the tree fits into memory."""
     if leaves < 2:
         raise ValueError(f"distances must hold at least 2 {kind} to make a tree, got {leaves}")
     if proxies < 2:
@@ -30,12 +30,12 @@ def minimax_linkage(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarra
     r"""Merge, at each step, the two clusters of lowest joint height, until one is left.
 
     The height of a set is :math:`h(A) = \min_p \max_{a \in A} d(a, \rho_p)`. The distance of a cluster from a
-    proxy is the largest of its members'. So the lowest joint height is the smallest, over the proxies, of the
-    second smallest entry in the column of a proxy, and the pair is the two clusters nearest to that proxy. A
-    merge removes, from every column, the smaller of their two entries. So each column is sorted once and kept as
-    a linked list, and pairs of clusters are never enumerated. Time is ``O(NP log N)``, memory ``O(NP)``.
+    proxy is the largest distance of its members. So the lowest joint height is the minimum, over the columns of
+    all proxies, of the second smallest entry. The pair is the two clusters nearest to its proxy. A merge removes
+    the smaller of the two entries from every column. So each column is sorted once and kept as a linked list, and
+    pairs of clusters are never enumerated. Time is ``O(NP log N)``, memory ``O(NP)``.
 
-    From distances ``(N, P)``: merges ``(N - 1, 2)`` in the numbering of SciPy, their heights and their proxies.
+    Takes distances ``(N, P)``; returns merges ``(N - 1, 2)`` in SciPy's numbering, their heights and proxies.
 
     Example:
         >>> minimax_linkage(np.array([[1.0, 4.0], [2.0, 4.0], [5.0, 4.0]]))
@@ -101,7 +101,7 @@ def nodes_of_merges(
     inner = slice(leaves, count - 1)
     above = parents[inner]
     same[inner] = (heights[inner] == heights[above]) & (proxies[inner] == proxies[above])
-    for node in range(count - 2, -1, -1):  # from the top: the parent's own parent is settled
+    for node in range(count - 2, -1, -1):  # from the top: the parent's own parent is already final
         if same[parents[node]]:
             parents[node] = parents[parents[node]]
     number = np.cumsum(~same) - 1

@@ -24,7 +24,7 @@ from .proxies import UnsizedParameter, is_unsized, proxies_from_data, random_pro
 
 __all__ = ["HIERLoss"]
 
-_CHUNK_ROWS = 4096  # embeddings that are mapped to the ball at a time, if they are a whole data set
+_CHUNK_ROWS = 4096  # embeddings of a whole data set that are mapped to the ball at a time
 
 
 class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
@@ -45,18 +45,18 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     .. math:: [d(i, \rho_{ij}) - d(i, \rho_{ijk}) + m]_+ + [d(j, \rho_{ij}) - d(j, \rho_{ijk}) + m]_+
         + [d(k, \rho_{ijk}) - d(k, \rho_{ij}) + m]_+
 
-    It is 0 where both are the same proxy. HIER is the mean over the triplets of embeddings (``sample_loss``,
+    It is 0 if both are the same proxy. HIER is the mean over the triplets of embeddings (``sample_loss``,
     reduction type ``triplet``) plus the mean over the triplets of proxies (``proxy_loss``). Eval mode is not
     random: ancestors are the most probable ones, and triplets are evenly spread.
 
-    It is called as any PML loss, with embeddings ``(N, D)`` of any floating dtype and labels ``(N,)`` or ``None``,
+    Call it like any PML loss, with embeddings ``(N, D)`` of any floating dtype and labels ``(N,)`` or ``None``,
     and returns a scalar, at least float32. Embeddings are outputs of the network, neither normalized nor mapped to
-    the ball; values that are not finite give a loss that is not. The ``indices_tuple`` of `MultipleLosses` is
+    the ball; non-finite values give a non-finite loss. The ``indices_tuple`` of `MultipleLosses` is
     ignored: HIERLoss mines its own triplets. Random numbers come from torch's default generators.
 
     Args:
         num_proxies: number of hierarchical proxies ``P``, 512 in the paper. Time grows faster than linearly with
-            it: take fewer on a CPU or for few classes, 64 for instance, or set ``proxy_batch_size``.
+            it: use fewer on a CPU or for few classes, for instance 64, or set ``proxy_batch_size``.
         embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. An optimizer built
             before that batch still trains the proxies. Give it where the size of parameters is needed earlier:
             ``numel()``, ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``, ``torch.compile``.
@@ -80,7 +80,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         sample_loss: mean loss of the triplets of embeddings. This and the following are set with
             ``collect_stats``, for the last batch.
         proxy_loss: mean loss of the triplets of proxies.
-        num_triplets: triplets of embeddings and proxies.
+        num_triplets: number of triplets of embeddings and of proxies.
         fraction_active: share of the triplets with a loss above 0.
         num_ancestors: number of different proxies drawn as ancestors.
         fraction_clipped: share of the embeddings at the clip radius.
@@ -209,7 +209,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             on_alone=partial(self._reports.alone, self.gradient_ratio),
         )
         with torch.autocast(embeddings.device.type, enabled=False):
-            # PML hands its third argument, the indices_tuple, to compute_loss untouched.
+            # PML passes its third argument, the indices_tuple, to compute_loss unchanged.
             loss: Tensor = super().forward(held, labels, neighbor_features)
         return loss
 
@@ -221,7 +221,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         ancestors = self.distance.normalize(self.proxies)
         proxy_batch = self._proxy_batch()
         distances = self._distances(torch.cat([points, ancestors[proxy_batch]]), ancestors, embeddings)
-        if neighbor_features is not None:  # features that are not finite give a loss that is not
+        if neighbor_features is not None:  # non-finite features give a non-finite loss
             distances = distances + (neighbor_features.detach() * 0).sum().to(distances)
         sample_triplets, sample_valid = self._mine(embeddings, points, labels, neighbor_features)
         among_proxies = distances[batch_size:, proxy_batch].detach()
@@ -277,7 +277,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 near = self._distances(points, points, embeddings)
             else:
                 near = self.miner.distance(embeddings)
-            # A mean can leave invalid triplets out itself; other reducers need the list without them.
+            # In a mean, invalid triplets can have weight 0; other reducers need a list without them.
             mined = self.miner.sample(near, labels, random=self.training)
             return functional.drop_invalid(mined, synchronize=not self._sample_loss_is_averaged())
         if labels is None:
@@ -306,9 +306,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     def neighbors_from(self, features: Tensor) -> Iterator[None]:
         """Find neighbours by Euclidean distances of other features than the embeddings, in a ``with`` block.
 
-        Features of a frozen backbone, for instance, do not change during the training. The labels count as before.
-        The block holds for calls of this loss in this thread, also within `MultipleLosses`; of nested blocks, the
-        inner one.
+        Features of a frozen backbone, for instance, do not change during training. Labels are used as before.
+        The block applies to calls of this loss in this thread, also within `MultipleLosses`. Of nested blocks, the
+        innermost applies.
 
         Args:
             features: ``(N, F)``, a row for each embedding of the batch, in the same order; without gradient.
@@ -385,8 +385,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         .. math:: \rho_p = u_p \cdot \mathrm{clip}_r(v_{i(p)}), \qquad u_p \sim U(0, 1)
 
         with ``i(p)`` drawn without replacement as long as there are enough embeddings. Every region of the data
-        then has proxies above it; the random directions of the default initialization are almost orthogonal to the
-        data. Call it once, after the first epoch. An optimizer that has the proxies keeps them.
+        then has proxies as possible ancestors. The random directions of the default initialization are almost
+        orthogonal to the data. Call it once, after the first epoch. An existing optimizer stays valid.
 
         Args:
             embeddings: shape ``(N, D)``, as they go into the loss, of some thousand training samples.
@@ -409,7 +409,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         set_size(self.proxies, random_proxies(self.num_proxies, embedding_size, self.distance, device), dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.embedding_size is None:  # a tensor without columns says that there is nothing to load yet
+        if self.embedding_size is None:  # a tensor without columns marks proxies without a size
             destination[prefix + "proxies"] = torch.empty(self.num_proxies, 0)
         else:
             super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -418,7 +418,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         saved = state_dict.get(prefix + "proxies")
-        if isinstance(saved, Tensor):  # torch reports what else can be there, or is missing
+        if isinstance(saved, Tensor):  # torch reports a missing or other entry
             shape, own = tuple(saved.shape), self.embedding_size
             if len(shape) != 2 or shape[0] != self.num_proxies or (own and shape[1] not in (0, own)):
                 lists[-1].append(

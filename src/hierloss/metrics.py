@@ -1,12 +1,12 @@
-r"""How good a hierarchy, or a ranking, is against a known taxonomy.
+r"""Scores of a hierarchy, or of a ranking, against a known taxonomy.
 
 Conventions of this file
     - A tree is a `Hierarchy` or a SciPy linkage matrix; its ``N`` leaves are in the order of the labels.
     - ``labels`` has shape ``(N,)``. A taxonomy is a matrix ``(N, L)`` with one column for each level, **from
-      fine to coarse**; samples with equal fine labels are taken to agree on the coarser levels as well. A vector
+      fine to coarse**; samples with equal fine labels are assumed to agree on coarser levels too. A vector
       ``(N,)`` is a taxonomy of one level.
-    - ``distances`` are those of all pairs, shape ``(N, N)``; the diagonal is not used. Each sample is a query, and
-      ranks all others; equal distances rank in the order of the samples.
+    - ``distances`` are those of all pairs, shape ``(N, N)``; the diagonal is not used. Each sample is a query for
+      all others; equal distances rank in the order of the samples.
     - Labels and matrices are tensors or arrays; results are Python numbers, and larger is better. Other shapes
       raise a `ValueError`.
 """
@@ -28,11 +28,11 @@ __all__ = [
 ]
 
 _CHUNK_CELLS = 2**22
-"""Cells of a matrix that are worked on at a time: 32 MB in float64."""
+"""Cells of a matrix that are processed at a time: 32 MB in float64."""
 
 
 def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
-    r"""How pure the subtrees are that join leaves of the same class.
+    r"""Mean purity of the subtrees that join pairs of leaves of the same class.
 
     .. math:: \mathrm{DP} = \frac{1}{|W|} \sum_{(i, j) \in W}
         \frac{|\mathrm{lvs}(\mathrm{lca}(i, j)) \cap C(i)|}{|\mathrm{lvs}(\mathrm{lca}(i, j))|}
@@ -92,7 +92,7 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
     Source: Vinh, Epps, Bailey, "Information theoretic measures for clusterings comparison" (JMLR 2010), by
     ``sklearn.metrics.adjusted_mutual_info_score``.
     """
-    # Its import takes a while, and new versions draw from Python's generator meanwhile.
+    # Imported here: the import is slow, and in new versions it draws from Python's random generator.
     from sklearn.metrics import adjusted_mutual_info_score
 
     tree = _tree(tree)
@@ -101,7 +101,7 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
 
 
 def hierarchical_recall_at_k(distances: Any, taxonomy: Any, k: int = 1) -> list[float]:
-    """Recall@k at each level: the share of samples with the same label among their ``k`` nearest others.
+    """Recall@k at each level: the share of samples that have an equal label among their ``k`` nearest others.
 
     Samples that are alone in their class at a level do not count for it.
 
@@ -137,7 +137,7 @@ def hierarchical_recall_at_k(distances: Any, taxonomy: Any, k: int = 1) -> list[
 
 
 def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float = 1.0) -> float:
-    r"""H-AP: average precision in which a coarse match counts for something, averaged over all queries.
+    r"""H-AP: average precision with partial credit for coarse matches, averaged over all queries.
 
     For a query, let :math:`\Omega^{(l)}` be the samples that share exactly ``l`` of its ``L`` levels, and
     :math:`\mathrm{rel}(k) = (l / L)^\alpha / |\Omega^{(l)}|` for :math:`k \in \Omega^{(l)}`, but 0 for
@@ -147,12 +147,12 @@ def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float =
         \frac{\sum_{j: \mathrm{rank}(j) \le \mathrm{rank}(k)} \min(\mathrm{rel}(j), \mathrm{rel}(k))}
         {\mathrm{rank}(k)}
 
-    Queries with nothing relevant do not count. With one level, this is the mean average precision.
+    Queries without relevant samples do not count. With one level, this is the mean average precision.
 
     Args:
         distances: shape ``(N, N)``.
         taxonomy: shape ``(N, L)``, from fine to coarse.
-        alpha: how much the finer levels count more, at least 0; 0 gives all levels the same sum of relevances.
+        alpha: at least 0; larger values favour finer levels, 0 gives all levels the same sum of relevances.
 
     Returns:
         A number in [0, 1], 1 if all rankings go from fine matches to coarse ones.
@@ -191,7 +191,7 @@ def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float =
 
 
 def _tree(tree: Hierarchy | np.ndarray) -> Hierarchy:
-    """The tree, of a linkage matrix if that is what came."""
+    """The tree, converted from a linkage matrix if it is one."""
     return tree if isinstance(tree, Hierarchy) else Hierarchy.from_linkage(tree)
 
 

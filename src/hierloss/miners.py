@@ -16,7 +16,7 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
     r"""Triplets whose anchor and positive are among each other's nearest neighbours; HIER's miner.
 
     Two points are neighbours if they are similar or have equal labels: `functional.reciprocal_triplets` has the
-    definition. Positives and negatives may be of any class. Called as any PML miner, ``miner(embeddings,
+    definition. Positives and negatives may be of any class. Called like any PML miner, ``miner(embeddings,
     labels)``, it returns ``(anchors, positives, negatives)``. Random numbers come from torch's default generator.
 
     Args:
@@ -64,7 +64,7 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draw triplets from distances with this miner's settings; see `functional.reciprocal_triplets`.
 
-        `HIERLoss` calls this method, with distances that it has: a subclass that mines otherwise overrides it.
+        `HIERLoss` calls this method with its own distances. Override it in a subclass to mine in another way.
         """
         return functional.reciprocal_triplets(
             distances,

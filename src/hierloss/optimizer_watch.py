@@ -8,20 +8,20 @@ from torch import Tensor
 __all__ = ["OptimizerWatch"]
 
 _FORGOTTEN_AFTER = 100
-"""Updates of the model without one of the proxies after which the warning comes."""
+"""Updates of the model without an update of the proxies, before the warning is given."""
 
 
 class OptimizerWatch:
-    """Warns once if an optimizer updates the model and none ever updates the proxies.
+    """Warns once if an optimizer updates the model, but no optimizer ever updates the proxies.
 
-    An update in place raises the version of a parameter, which costs nothing to read.
+    An in-place update increments the version of a parameter. Reading the version costs no time.
     """
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Count from here, after the proxies were set by something else than an optimizer."""
+        """Restart the count, after something other than an optimizer has changed the proxies."""
         self._updates: int | None = 0
         self._versions: tuple[int, int | None] | None = None
 
@@ -42,7 +42,7 @@ class OptimizerWatch:
         self._versions = proxies._version, model
         if self._updates == _FORGOTTEN_AFTER:
             self._updates = None
-            # Some optimizers write to .data, which leaves the version as it was.
+            # Some optimizers write to .data, which does not change the version.
             if torch.equal(proxies.detach().sum(), self._start):
                 warnings.warn(
                     f"the proxies of HIERLoss did not change in {_FORGOTTEN_AFTER} training steps: no optimizer "
@@ -56,6 +56,6 @@ class OptimizerWatch:
 def _first_version(embeddings: Tensor) -> int | None:
     """The version of a parameter that the embeddings depend on, ``None`` if there is none."""
     node = embeddings.grad_fn
-    while node is not None and not hasattr(node, "variable"):  # a node that accumulates has its variable
+    while node is not None and not hasattr(node, "variable"):  # only gradient accumulators have one
         node = next((above for above, _ in node.next_functions if above is not None), None)
     return None if node is None else node.variable._version

@@ -1,6 +1,6 @@
 r"""Figures: embeddings on the Poincaré disk, and a hierarchy as a disk, a dendrogram or a page.
 
-Needs ``pip install "hierloss[plot]"``. Functions return matplotlib axes; they show, save and set nothing globally.
+Needs ``pip install "hierloss[plot]"``. Functions that plot return matplotlib axes, and change no global settings.
 The disk is the unit disk: a point at hyperbolic distance ``d`` from the origin, in a ball of curvature ``-c``, is
 drawn at radius ``tanh(sqrt(c) d / 2)``. Trees are drawn with c = 1.
 """
@@ -35,13 +35,13 @@ def plot_embeddings(
 ) -> "Axes":  # fmt: skip
     r"""Draw embeddings, and the proxies of a loss, on the Poincaré disk.
 
-    Radii are exact: the hyperbolic distances from the origin. Angles are those of the tangent vectors, less
+    Radii are exact: the hyperbolic distances from the origin. Angles are those of the tangent vectors, minus
     their mean, in the plane of the two principal axes (of the class means, if there are labels). So distances
-    between points are not kept. Circles show the distances written on them, the dashed one the clip radius.
+    between points are not preserved. Circles are labelled with their distances; the clip radius is dashed.
 
     Args:
         embeddings: Euclidean features, shape ``(N, D)``, as they come from the network.
-        labels: shape ``(N,)``, for the colours; ``None`` draws all in one.
+        labels: shape ``(N,)``, for the colours; ``None`` draws all in one colour.
         proxies: shape ``(P, D)``, ``HIERLoss.proxies``; ``None`` draws none.
         distance: gives curvature and clip radius, ``loss_func.distance``; default ``PoincareDistance()``.
         class_names: the name of each label, for the legend.
@@ -107,8 +107,8 @@ def plot_disk(
     r"""Draw a hierarchy on the Poincaré disk, the root in the middle.
 
     Sarkar's construction: every edge is a geodesic whose hyperbolic length (curvature -1) is in proportion to
-    the difference of the two heights; the factor is written in the corner. A node lies on the way from its
-    parent to the middle of an arc of the boundary, as wide as its share of the leaves, so edges never cross.
+    the difference of the two heights; the factor is written in the corner. Each node has an arc
+    of the boundary for its leaves. It lies on the way from its parent to the middle of the arc: no edges cross.
     A branch has the colour of the label of more than half of its leaves, grey if there is none.
 
     Args:
@@ -120,8 +120,8 @@ def plot_disk(
             second, third, ... is written, and a notice says so.
         images: of each leaf, ``(N, H, W)`` or ``(N, H, W, channels)``, or a list of such; tensors of four
             dimensions are ``(N, channels, H, W)``, as torch has them.
-        max_leaves: if there are more, the lowest branches are drawn as one leaf each, whose size grows with
-            the number it stands for; it has their most frequent label, and the first image.
+        max_leaves: if there are more, each of the lowest branches is drawn as one leaf, whose size grows with
+            its number of leaves. It has the most frequent label, and the first image.
         ax: where to draw; ``None`` makes a new figure.
 
     Returns:
@@ -190,8 +190,8 @@ def plot_dendrogram(tree: Hierarchy, *, max_leaves: int = 200, ax: "Axes | None"
     """Draw a hierarchy as a dendrogram, by SciPy: the root at the left, the leaves at the right.
 
     The arguments are those of `plot_disk`, without images. The axis ends a little below the lowest merge that
-    is drawn: leaves are at height 0, often far below. The legend stands above; ``ax.figure.suptitle`` leaves
-    room for it.
+    is drawn, because leaves are at height 0, often far below. The legend is above the axes;
+    ``ax.figure.suptitle`` leaves room for it.
 
     Returns:
         The matplotlib axes.
@@ -276,7 +276,7 @@ def _draw_points(
     """Points in the colour and marker of their group."""
     for group in np.unique(index):
         rows, (color, marker), name = index == group, style(group), _plain(groups[group])
-        s = sizes[rows] if np.ptp(sizes[rows]) else sizes[rows][:1]  # SVG has markers of one size only once
+        s = sizes[rows] if np.ptp(sizes[rows]) else sizes[rows][:1]  # SVG stores markers of one size only once
         ax.scatter(*xy[rows].T, s=s, color=color, marker=marker, lw=0, zorder=3, label=name, **options)
 
 
@@ -293,16 +293,16 @@ def _draw_legend(ax: Any, above: bool = False) -> None:
 def _titles(
     leaves: Leaves, members: list[np.ndarray], places: Any, room: float = math.inf
 ) -> tuple[list[str], str]:
-    """What is written at each drawn leaf, nothing if there is no room or no name; a notice of what is left out."""
+    """The text at each drawn leaf, empty if there is no room or no name; and a notice of the omitted names."""
     step = max(1, math.ceil(len(members) * _LINE / room)) if leaves.named else 1
-    # On a circle, the first of them comes after the last.
+    # On a circle, the first name is next to the last.
     shown = [leaves.named and place % step == 0 and place + step <= len(members) for place in places]
     titles = [_plain(leaves.title(rows)) if show else "" for rows, show in zip(members, shown, strict=True)]
     return titles, f"1 of {step} names is shown" if step > 1 else ""
 
 
 def _plain(name: str) -> str:
-    """What makes matplotlib draw a name as it is: not as a formula, in one line, and not too long."""
+    """A name that matplotlib draws literally, not as a formula; in one line, of at most 40 characters."""
     name = " " * name.startswith("_") + " ".join(name.split())  # matplotlib's legends leave out "_..."
     return (name if len(name) <= 40 else name[:39] + "…").replace("$", r"\$")
 

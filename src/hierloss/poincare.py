@@ -46,14 +46,14 @@ def boundary_eps(dtype: torch.dtype) -> float:
 
 
 def min_norm(dtype: torch.dtype) -> float:
-    """The norm below which a vector counts as 0: its cube, by which second derivatives divide, is not normal."""
+    """The norm below which a vector counts as 0: second derivatives divide by its cube, a subnormal number."""
     return float(torch.finfo(dtype).tiny ** (1 / 3))
 
 
 def linear_norm(dtype: torch.dtype) -> float:
     """The norm ``n`` below which ``tanh(n) / n`` is set to 1: half the square root of the precision.
 
-    Below this norm it equals 1 in every digit, and its derivatives would be rounding errors.
+    Below this norm, the ratio equals 1 in every digit, and its derivatives would be rounding errors.
     """
     return math.sqrt(torch.finfo(dtype).eps) / 2
 
@@ -92,7 +92,7 @@ def current_c(curvature: float | geoopt.PoincareBall) -> float | Tensor:
 
 
 def as_number(c: float | Tensor) -> float:
-    """``c`` as a number; float() of a tensor that is learned warns."""
+    """``c`` as a number; float() of a learnable tensor gives a warning."""
     return float(c.item() if isinstance(c, Tensor) else c)
 
 
@@ -134,7 +134,7 @@ def clip_norm(v: Tensor, radius: float | None) -> Tensor:
 
 
 def project(x: Tensor, c: float | Tensor) -> Tensor:
-    """Move points on or outside the boundary inside, to ``sqrt(c)|x| = 1 - boundary_eps``.
+    """Move points on or outside the boundary to the inside, to ``sqrt(c)|x| = 1 - boundary_eps``.
 
     Example:
         >>> project(torch.tensor([[2.0, 0.0], [0.5, 0.0]]), c=1.0)
@@ -160,7 +160,7 @@ def exp_map0(v: Tensor, c: float | Tensor, clip_radius: float | None = None) -> 
     Args:
         v: tangent vectors of shape ``(..., D)``.
         c: minus the curvature.
-        clip_radius: limit the norms of ``v`` to it first, see `clip_norm`.
+        clip_radius: the norms of ``v`` are first limited to this value, see `clip_norm`.
 
     Example:
         >>> exp_map0(torch.tensor([[1.0, 0.0]]), c=1.0)
@@ -217,18 +217,18 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
     """
     p, q = _unit_ball(x, c), _unit_ball(y, c)
     squared = (p - q).square().sum(-1)
-    same = squared < min_norm(p.dtype) ** 2  # where the gradient, and its own, are taken as 0
+    same = squared < min_norm(p.dtype) ** 2  # first and second derivatives are set to 0 here
     gap = squared.masked_fill(same, 1).sqrt().masked_fill(same, 0)
     ratio = gap * (_lorentz_factor(p) * _lorentz_factor(q)).squeeze(-1)
     return (2 / _sqrt(c, p) * ratio.asinh()).to(result_dtype(x, y))
 
 
 def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    r"""Hyperbolic distances of all pairs, by matrix products without their cancellation.
+    r"""Hyperbolic distances of all pairs, by matrix products without cancellation errors.
 
-    Written by hand because it is better where it was measured (docs/numerics.md): geoopt's ``dist`` over all pairs
-    takes 70 times as long, ``O(NMD)`` memory, and loses all digits near the boundary; ``torch.cdist`` by matrix
-    products loses those of near pairs. This function takes ``O(NM)`` memory and is as exact as `distance` in
+    The alternatives are worse in measurements (docs/numerics.md). geoopt's ``dist`` over all pairs takes 70 times
+    as long and ``O(NMD)`` memory, and loses all digits near the boundary. ``torch.cdist`` by matrix products loses
+    the digits of near pairs. This function takes ``O(NM)`` memory and is as exact as `distance` in
     float32. In float64, points closer than about 1e-10 of the largest coordinate count as equal.
 
     Args:
@@ -260,8 +260,8 @@ def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtyp
 def _squared_euclidean(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     """Squared Euclidean distances of all pairs; ``scale`` is the largest absolute coordinate.
 
-    Coordinates are split into a part on a grid so coarse that its inner products are exact, and a small
-    remainder: ``|x-y|^2 = |qx-qy|^2 + (corrections with the remainders)``, and only the first term cancels.
+    Each coordinate is split into a part on a coarse grid, whose inner products are exact, and a small remainder:
+    ``|x-y|^2 = |qx-qy|^2 + (corrections with the remainders)``. Cancellation occurs only in the first term.
     """
     dim = x.shape[-1]
     digits = 1 - round(math.log2(torch.finfo(x.dtype).eps))
@@ -277,7 +277,7 @@ def _squared_euclidean(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 class _PairwiseDistance(torch.autograd.Function):
-    """``radius * 2 arsinh(|x-y| fx fy)`` for all pairs. Saves the result alone; backward is matrix products."""
+    """``radius * 2 arsinh(|x-y| fx fy)`` for all pairs. Only this matrix is saved; backward is products."""
 
     @staticmethod
     def forward(x, y, fx, fy, radius, dtype):  # type: ignore[no-untyped-def]
@@ -285,7 +285,7 @@ class _PairwiseDistance(torch.autograd.Function):
         chunks = []
         for rows, f in _row_chunks(x, fx, y.shape[-2]):
             ratio = _squared_euclidean(rows, y, scale).sqrt_().mul_(f).mul_(fy.mT).to(dtype)
-            # arsinh, in the form that neither cancels near 0 nor is slow
+            # arsinh, in a fast form without cancellation near 0
             root = ratio.square().add_(1).sqrt_().add_(1)
             chunks.append(ratio.add(ratio.square().div_(root)).log1p_().mul_(2 * radius))
         return torch.cat(chunks, -2) if len(chunks) > 1 else chunks[0]
@@ -356,7 +356,7 @@ def from_hyperboloid(points: Tensor, c: float | Tensor) -> Tensor:
     """
     w = working(points)
     space, time = w[..., :-1], w[..., -1:]
-    # The zero is NaN for an infinite time, which must not give the origin.
+    # 0 * time is NaN for an infinite time: without it, the result would be the origin.
     return project((space / (1 + _sqrt(c, w) * time + 0 * time)).to(result_dtype(points)), c)
 
 
@@ -366,8 +366,8 @@ def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = N
     .. math:: y' = \left(s_y,\; t_y,\; \sqrt{L^2 - |s_y|^2 - t_y^2}\right), \qquad
         \langle x'', y' \rangle = -\cosh(\sqrt c\,d(x, y))
 
-    with ``(s, t)`` of `to_hyperboloid` and ``x''`` of `lift_queries`. The references of greatest inner product are
-    the nearest ones. The last coordinate is multiplied by 0 in every query; it gives all vectors the same length
+    with ``(s, t)`` of `to_hyperboloid` and ``x''`` of `lift_queries`. The nearest references have the greatest
+    inner product. The last coordinate is multiplied by 0 in every query; it gives all vectors the same length
     ``L``, for graphs of neighbours such as HNSW, which link vectors by their inner product.
 
     Args:
@@ -402,12 +402,12 @@ def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = N
 
 
 def lift_queries(x: Tensor, c: float | Tensor) -> Tensor:
-    r"""Vectors to search with where `lift_references` are stored.
+    r"""Query vectors for a search among stored vectors of `lift_references`.
 
     .. math:: x'' = c\,(s_x,\; -t_x,\; 0), \qquad \langle x'', y' \rangle = -\cosh(\sqrt c\,d(x, y))
 
     The distance is ``arcosh(-score) / sqrt(c)``. Float32 scores have too few digits for near pairs, and far from
-    the origin for all: take more candidates than needed, and order them by `distance`.
+    the origin for all pairs: request more candidates than needed, and sort them by `distance`.
 
     Returns:
         Vectors of shape ``(..., D + 2)``.

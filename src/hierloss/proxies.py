@@ -1,4 +1,4 @@
-"""The parameter that holds the hierarchical proxies: its initialization, and its size, known or not yet known."""
+"""The parameter that holds the hierarchical proxies: its initialization, and its size, which can be unknown."""
 
 import math
 from typing import Any
@@ -22,11 +22,11 @@ class UnsizedParameter(torch.nn.UninitializedParameter):
 
 def is_unsized(parameter: Tensor) -> bool:
     """Whether the parameter has no size yet."""
-    return parameter.data.ndim != 2  # a parameter moved to the meta device forgets its class
+    return parameter.data.ndim != 2  # a parameter moved to the meta device loses its class
 
 
 def set_size(parameter: Any, values: Tensor, dtype: torch.dtype) -> None:
-    """Give the parameter its size and values in one step, so that an error leaves it as it was."""
+    """Give the parameter its size and values in one step, so that an error leaves it unchanged."""
     if "meta" in (values.device.type, parameter.data.device.type):
         raise RuntimeError("embedding_size must be given to a HIERLoss on the meta device, got None")
     # The first batch may come in inference mode: a sanity check before training, for instance.

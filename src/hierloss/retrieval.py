@@ -2,8 +2,8 @@
 
 Conventions of this file
     - N queries, M references, D dimensions, k neighbours.
-    - Inside, points ``p`` are on the ball of radius 1 and curvature -1, in float64; distances are scaled back at
-      the end.
+    - Internally, points ``p`` are on the ball of radius 1 and curvature -1, in float64; distances are scaled
+      back at the end.
     - Of equal distances, the lower index comes first.
 """
 
@@ -23,28 +23,28 @@ from .distances import PoincareDistance
 __all__ = ["PoincareKNN"]
 
 Found = tuple[Tensor, Tensor, Tensor]
-"""Distances ``(N, k)``, indices ``(N, k)``, and for which queries these are sure to be right ``(N,)``."""
+"""Distances ``(N, k)``, indices ``(N, k)``, and for which queries these are proved correct ``(N,)``."""
 
 _EXTRA = 16
 """Candidates beyond k. More cost time in every search; with fewer, more queries are searched again."""
 
 _CHUNK_CELLS = 2**22
-"""Numbers that are worked on at a time: 32 MB in float64."""
+"""Numbers that are processed at a time: 32 MB in float64."""
 
 
 class PoincareKNN:
     r"""The k nearest references of every query in hyperbolic distance: a ``knn_func`` of PML.
 
     Exact: equal to sorting all distances in float64, with the lower index first where distances are equal. For a
-    fixed query, the distance falls as an inner product of lifted points rises,
+    fixed query, the distance decreases as an inner product of lifted points increases,
 
     .. math:: \cosh(\sqrt c\,d(x, y)) = -\langle x'', y' \rangle
 
     with ``x''`` of `poincare.lift_queries` and ``y'`` of `poincare.lift_references`. So candidates come from
     maximum inner product search, by FAISS in float32 where it is installed and the queries are on the CPU,
-    otherwise by torch in float64. Some more than ``k`` are ordered by their distances in float64. A bound on the
-    rounding errors says for which queries a nearer reference could have been missed; those are searched again with
-    more digits, and at last by all of their distances. Memory is ``O((N + M) D + N k)``.
+    otherwise by torch in float64. More than ``k`` candidates are sorted by their distances in float64. A bound on
+    the rounding errors finds the queries that may have missed a nearer reference. These are searched again with
+    more digits, and finally by all of their distances. Memory is ``O((N + M) D + N k)``.
 
     Pass it as ``knn_func`` to PML's `AccuracyCalculator` or `InferenceModel`. PML's testers and `InferenceModel`
     scale embeddings to norm 1 by default: give them ``normalize_embeddings=False``.
@@ -52,7 +52,7 @@ class PoincareKNN:
     Args:
         distance: a `PoincareDistance`, for its curvature and its map onto the ball. Its ``power`` is not applied.
         index: an index of FAISS for approximate search: a factory string such as ``"HNSW32"``, or a function from
-            the number of dimensions to an index by inner product. Its candidates are ordered exactly.
+            the number of dimensions to an index by inner product. Candidates are sorted by exact distances.
 
     Example:
         >>> from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -96,8 +96,8 @@ class PoincareKNN:
             query: finite embeddings of shape ``(N, D)``.
             k: number of neighbours.
             reference: finite embeddings of shape ``(M, D)``; those given to `train` and `add` if ``None``.
-            ref_includes_query: the first N references are the queries, and none is its own neighbour. Its
-                duplicates are.
+            ref_includes_query: the first N references are the queries. A query is not its own neighbour, but
+                its duplicates are its neighbours.
         """
         _check("query", query)
         embeddings = self._embeddings if reference is None else reference
@@ -109,7 +109,7 @@ class PoincareKNN:
                 "query and reference must have the same number of columns, got shapes "
                 f"{tuple(query.shape)} and {tuple(embeddings.shape)}"
             )
-        # PML asks for no neighbours at all where no two labels are equal.
+        # PML requests 0 neighbours if no two labels are equal.
         k = check_count("k", k, 0 if ref_includes_query else 1)
         most = len(embeddings) - ref_includes_query
         if k > most:
@@ -117,7 +117,7 @@ class PoincareKNN:
             raise ValueError(f"k must be at most {most}, the number of references{besides}, got {k}")
         c = float(self.distance.c)
         prepared = self._prepared if reference is None else None
-        if prepared is None or prepared.c != c:  # a learnable curvature moves
+        if prepared is None or prepared.c != c:  # a learnable curvature changes
             points = _by_rows(self._on_unit_ball, embeddings.to(query.device))
             prepared = _References(points, c, self._index)
         if reference is None:
@@ -152,7 +152,7 @@ class PoincareKNN:
 
 
 class _References:
-    """References on the unit ball for one curvature, and the ways to search them, from quick to sure."""
+    """References on the unit ball for one curvature, and the methods to search them, from fast to exact."""
 
     def __init__(self, points: Tensor, c: float, index: str | Callable[[int], Any] | None) -> None:
         self.points, self.c = points, c
@@ -186,7 +186,7 @@ class _References:
         return distances * (1 / self.c**0.5), indices
 
     def _search_index(self, points: Tensor, k: int) -> Found:
-        """By FAISS: what a flat index finds can be proved, what an approximate one finds is taken as it is."""
+        """By FAISS: results of a flat index can be proved correct, those of other indexes are not checked."""
         query = poincare.lift_queries(points, 1.0)
         found = self.index.search(query.float().cpu().numpy(), k + _EXTRA)
         scores, candidates = (torch.from_numpy(array).to(points.device) for array in found)
@@ -214,7 +214,7 @@ class _References:
         return distances, indices, torch.ones_like(indices[:, 0], dtype=torch.bool)
 
     def _rank(self, points: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k nearest of the candidates of each point, from their distances; -1 is no candidate."""
+        """The k nearest of the candidates of each point, from their distances; -1 means no candidate."""
         candidates = candidates.sort().values  # so that a stable sort puts the lower index first
         parts = []
         size = _rows_at_once(candidates.shape[1] * points.shape[1])
@@ -233,24 +233,24 @@ class _References:
         return 2 * (gap * poincare._lorentz_factor(x) * lorentz_factor.mT).asinh()
 
     def _decided(self, query: Tensor, distances: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
-        """Whether no reference but the candidates can be as near as the k-th neighbour.
+        """Whether it is proved that all references as near as the k-th neighbour are candidates.
 
-        Let ``t`` be times and ``d`` the distance of the k-th neighbour. A reference as near as that has an inner
-        product of at least ``-cosh(d)``. By the triangle inequality its time is at most ``cosh(arcosh(t_q) + d)``.
-        The lengths of the two vectors multiply to less than ``2 t_q t``; the error of their inner product is at
-        most that times ``(D + 1)`` units in the last place, rounding of the vectors aside. If ``-cosh(d)`` is
-        better than the worst candidate by more than this error, the reference would have been a candidate.
+        Let ``t`` be time coordinates and ``d`` the distance of the k-th neighbour. A reference as near as that
+        has an inner product of at least ``-cosh(d)``, and, by the triangle inequality, a time coordinate of at
+        most ``cosh(arcosh(t_q) + d)``. The product of the lengths of the two vectors is less than ``2 t_q t``.
+        The error of their inner product is at most that times ``(D + 1)`` units in the last place, apart from
+        rounding of the vectors. If ``-cosh(d)`` exceeds the lowest score by more, the reference is a candidate.
         """
         time, last = -query[:, -2], distances[:, -1]
         farthest = time * last.cosh() + (time.square() - 1).clamp_min(0).sqrt() * last.sinh()
         farthest = farthest.minimum(self.largest_time)
-        # eps is two units; 8 dimensions more cover the rounding of the vectors, and of what is computed here
+        # eps is two units; 8 extra dimensions cover the rounding of the vectors, and of this computation
         error = (query.shape[1] + 8) * torch.finfo(dtype).eps * 2 * time * farthest
         return last.cosh() + error < -scores[:, -1]
 
 
 def _build_index(vectors: "np.ndarray[Any, Any]", index: str | Callable[[int], Any]) -> Any:
-    """The index of FAISS, with the vectors in it."""
+    """A FAISS index that contains the vectors."""
     faiss = _faiss()
     size = vectors.shape[1]
     built = index(size) if callable(index) else faiss.index_factory(size, index, faiss.METRIC_INNER_PRODUCT)
@@ -276,19 +276,19 @@ def _faiss() -> Any:
 
 
 def _rows_at_once(width: int) -> int:
-    """How many rows of this width are worked on at a time."""
+    """Number of rows of this width that are processed at a time."""
     return max(1, _CHUNK_CELLS // width)
 
 
 def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, so few rows at a time that they stay in the cache."""
+    """``function(x)``, in chunks of rows that fit into the cache."""
     return torch.cat([function(rows) for rows in x.split(_rows_at_once(8 * x.shape[1]))])
 
 
 def _check(name: str, embeddings: Tensor) -> None:
     """Raise unless the embeddings are a finite floating point matrix."""
     check_embeddings(name, embeddings)
-    least, most = embeddings.aminmax()  # both NaN if any is
+    least, most = embeddings.aminmax()  # both are NaN if any value is
     if not (least.isfinite() & most.isfinite()):
         row = int((~embeddings.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
