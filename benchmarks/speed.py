@@ -29,7 +29,7 @@ def make_step(
     embeddings = torch.randn(batch, dim, device=device).requires_grad_()
     labels = torch.arange(batch, device=device) // 2
     miner = ReciprocalNeighborMiner(triplets_per_anchor=triplets)
-    loss_func = HIERLoss(proxies, dim, miner=miner, proxy_batch_size=proxy_batch).to(device)
+    loss_func = HIERLoss(proxies, dim, miner=miner, proxy_batch_size=proxy_batch, gradient_ratio=None).to(device)
 
     def run() -> Tensor:
         if form == "hierloss":
@@ -129,6 +129,27 @@ def compare(device: str, repeats: int, **sizes: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def cost_of_ratio(device: str, repeats: int) -> list[dict[str, Any]]:
+    """Steps of ProxyAnchor with HIER, with and without a ratio of the gradients; interleaved."""
+
+    def make(ratio: float | None) -> Step:
+        torch.manual_seed(0)
+        embeddings = torch.randn(180, 128, device=device).requires_grad_()
+        labels = torch.arange(180, device=device) // 2
+        both = losses.MultipleLosses([losses.ProxyAnchorLoss(90, 128), HIERLoss(512, 128, gradient_ratio=ratio)])
+        both.to(device)
+
+        def run() -> Tensor:
+            loss: Tensor = both(embeddings, labels)
+            loss.backward()
+            return loss.detach()
+
+        return run
+
+    times = side_by_side({str(ratio): make(ratio) for ratio in (None, 0.3)}, device, repeats)
+    return [{"gradient_ratio": ratio, **summary(own)} for ratio, own in times.items()]
 
 
 FORWARD_PASSES, BACKWARD_PASSES = 7, 16
