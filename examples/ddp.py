@@ -86,6 +86,7 @@ def train(epochs: int, seed: int) -> None:
         print("Digits never seen:", ", ".join(scores))
         difference = max(float((other - proxies).abs().max()) for other in everywhere)
         print(f"Largest difference of HIER's proxies between {len(everywhere)} processes: {difference:g}")
+    dist.barrier()  # gloo can hang if a process group is destroyed while a gather is being cleaned up
     dist.destroy_process_group()
 
 

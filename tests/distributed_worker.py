@@ -247,6 +247,7 @@ def main(what: str, folder: Path) -> None:
     here = dist.get_rank(), dist.get_world_size()
     results = {"everything": everything, "uneven": uneven_gathered_batches}[what](*here)
     torch.save(results, folder / f"rank{here[0]}.pt")
+    dist.barrier()  # gloo can hang if a process group is destroyed while a gather is being cleaned up
     dist.destroy_process_group()
 
 

@@ -23,7 +23,7 @@ NEEDS = {"lightning_module.py": "lightning", "text_retrieval.py": "sentence_tran
 
 def run(name, *arguments, folder):
     command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

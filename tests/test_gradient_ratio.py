@@ -291,6 +291,7 @@ def test_fully_sharded_model_and_losses():
             loss_func(embeddings, labels).backward()
         finally:
             if sharded:
+                dist.barrier()
                 dist.destroy_process_group()
         gradients.append(embeddings.grad)
     torch.testing.assert_close(*gradients)

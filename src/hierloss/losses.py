@@ -59,7 +59,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             it: use fewer on a CPU or for few classes, for instance 64, or set ``proxy_batch_size``.
         embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. An optimizer built
             before that batch still trains the proxies. Give it where the size of parameters is needed earlier:
-            ``numel()``, ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``, ``torch.compile``.
+            ``numel()``, ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``.
         margin: ``m``, a hyperbolic distance.
         temperature: :math:`\tau` of the distribution of ancestors, a hyperbolic distance.
         miner: miner of the triplets of embeddings, default `ReciprocalNeighborMiner`. Any other PML miner is
@@ -71,7 +71,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         gradient_ratio: norm of HIER's gradient at the embeddings, relative to the norm of all other gradients that
             reach the same embeddings in the same backward pass; see `hierloss.gradient_ratio`. Weights of
             `MultipleLosses` then change the gradient of the proxies only. ``None``: no scaling, and the weight is
-            the paper's :math:`\lambda`.
+            the paper's :math:`\lambda`; ``torch.compile(fullgraph=True)`` needs it.
         **kwargs: PML's options: ``distance`` (a `PoincareDistance`, which holds the curvature), ``reducer``,
             ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
