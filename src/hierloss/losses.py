@@ -49,8 +49,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     reduction type ``triplet``) plus the mean over the triplets of proxies (``proxy_loss``). Eval mode is not
     random: ancestors are the most probable ones, and triplets are evenly spread.
 
-    Call it like any PML loss, with embeddings ``(N, D)`` of any floating dtype and labels ``(N,)`` or ``None``,
-    and returns a scalar, at least float32. Embeddings are outputs of the network, neither normalized nor mapped to
+    Call it like any PML loss, with embeddings ``(N, D)`` of any floating dtype and labels ``(N,)`` or ``None``. It
+    returns a scalar, at least float32. Embeddings are outputs of the network, neither normalized nor mapped to
     the ball; non-finite values give a non-finite loss. The ``indices_tuple`` of `MultipleLosses` is
     ignored: HIERLoss mines its own triplets. Random numbers come from torch's default generators.
 
@@ -134,11 +134,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             check_count("proxy_batch_size", proxy_batch_size, minimum=2)
         if gradient_ratio is not None:
             check_number("gradient_ratio", gradient_ratio, positive=False)
-        self.proxy_miner, self.proxy_batch_size, self.gradient_ratio = (
-            proxy_miner,
-            proxy_batch_size,
-            gradient_ratio,
-        )
+        self.proxy_miner = proxy_miner
+        self.proxy_batch_size = proxy_batch_size
+        self.gradient_ratio = gradient_ratio
         with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
             self.proxies = UnsizedParameter()
         self._features_of_threads: dict[int, Tensor] = {}

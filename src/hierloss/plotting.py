@@ -229,7 +229,7 @@ def plot_dendrogram(tree: Hierarchy, *, max_leaves: int = 200, ax: "Axes | None"
 def write_html(
     tree: Hierarchy, path: str | Path, *, texts: Any = None, title: str = "Hierarchy", **disk: Any
 ) -> None:
-    """Write a hierarchy as one self-contained page of 2 MB: the disk, and an icicle plot of the whole tree.
+    """Write a hierarchy as one self-contained page: the disk, and an icicle plot of the whole tree.
 
     In the icicle plot, a click on a branch shows that branch alone, and a click on the bar before it goes back.
     Hovering shows the name, label and text of a leaf, or the number of leaves, height and proxy of a branch.
