@@ -1,209 +1,184 @@
-"""Is the hidden hierarchy discovered? Purity of the learned tree, beside that of other trees.
+"""Which tree over unseen classes is purest, does HIER make it purer, and where do new samples belong in it?
 
-    python -m benchmarks.hierarchy --data PATH
+    python -m benchmarks.hierarchy --data PATH                       # on test classes
+    python -m benchmarks.hierarchy --data PATH --part validation     # for the choice of the default
 
-Models are trained on flat class labels; the trees are over classes, and are scored by dendrogram purity
-against superclasses that training never saw. Data: a random tree of 3 levels (4 x 3 x 3 classes, see
-tests/trees.py), and, from the folder ``--data``, TREC questions (50 classes in 6 superclasses; Li and Roth 2002,
-as embedded by all-MiniLM-L6-v2: ``trec_questions.npz``) and handwritten characters (136 in 5 alphabets; Lake,
-Salakhutdinov, Tenenbaum 2015: ``omniglot_small1.zip``, which is images_background_small1.zip of
-github.com/brendenlake/omniglot). Three models for each seed, from the same initial
-weights and batches: without HIER (its proxies are drawn from the data after training), with HIER and proxies
-in random directions at first, and with HIER and proxies initialized from data (`HIERLoss.init_proxies`).
+A linear head on frozen features is trained on a third of the classes with ProxyAnchor and with SupCon, alone and
+with HIER at a gradient ratio of 0.3. Trees over classes never seen are scored by dendrogram purity against
+superclasses. The data are those of benchmarks.evidence, and the questions of TREC (Li and Roth 2002:
+trec_questions.npz with ``embeddings`` of all-MiniLM-L6-v2 and ``label`` "COARSE:fine").
 
-Trees: minimax linkage is `Hierarchy`; "nearest proxy" joins classes that have the same nearest proxy, and these
-groups by average linkage of their proxies; average and Ward linkage are of the class means of the same
-embeddings. The table holds the mean over the seeds with its 95% confidence interval.
+Placement: the class means of half of the samples make the tree, the other half is placed in it; samples of
+the validation classes are unknown to it.
 """
 
 import argparse
-import io
-import platform
-import time
-import zipfile
+import itertools
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import pytorch_metric_learning
 import torch
-from PIL import Image
-from pytorch_metric_learning import losses
+from joblib import Parallel, delayed
+from rich.console import Console
+from rich.table import Table
 from scipy.cluster.hierarchy import linkage
 from scipy.stats import t as student
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm import tqdm
-from trees import sample_tree
 
-import hierloss
-from hierloss import HIERLoss, ReciprocalNeighborMiner, poincare
-from hierloss.hierarchy import Hierarchy
+from benchmarks.evidence.data import Part, Split, load, split
+from benchmarks.evidence.training import METHODS, train
+from hierloss import Hierarchy, HIERLoss
 from hierloss.metrics import dendrogram_purity
 
-STARTS = ("no HIER", "random start", "data start")
-SUBSET = 1000
-"""Samples that proxies are started from."""
+COLUMNS = ["CUB families", "Fashion, 31", "Fashion, 5", "Grocery, 43", "Grocery, 3", "TREC, 6"]
+LOSSES = ("ProxyAnchor", "SupCon")
+Scores = dict[tuple[str, str], float]
+"""By row and column of a table, in percent."""
 
 
-def load_trec(folder: Path) -> tuple[Tensor, Tensor]:
-    """Features and labels (fine, coarse) of the TREC questions."""
+def load_table(name: str, folder: Path) -> Part:
+    """Features and taxonomy."""
+    if name != "trec":
+        return load(name, folder)
     with np.load(folder / "trec_questions.npz", allow_pickle=True) as file:
-        features, names = torch.from_numpy(file["embeddings"].astype(np.float32)), file["label"]
-    return features, _numbered(names, [name.split(":")[0] for name in names])
+        levels = [file["label"], [label.split(":")[0] for label in file["label"]]]
+        taxonomy = np.stack([np.unique(level, return_inverse=True)[1] for level in levels], 1)
+        return Part(torch.from_numpy(file["embeddings"]).float(), torch.from_numpy(taxonomy))
 
 
-def load_omniglot(folder: Path) -> tuple[Tensor, Tensor]:
-    """Images of 28 x 28 and labels (character, alphabet)."""
-    images, alphabets, characters = [], [], []
-    with zipfile.ZipFile(folder / "omniglot_small1.zip") as archive:
-        for name in sorted(n for n in archive.namelist() if n.endswith(".png") and "__MACOSX" not in n):
-            *_, alphabet, character, _ = name.split("/")
-            image = Image.open(io.BytesIO(archive.read(name))).convert("L").resize((28, 28), Image.Resampling.BOX)
-            images.append(1 - np.asarray(image, np.float32) / 255)
-            alphabets.append(alphabet)
-            characters.append(f"{alphabet}/{character}")
-    return torch.from_numpy(np.stack(images)).unsqueeze(1), _numbered(characters, alphabets)
+def minimax_linkage(distances: np.ndarray) -> np.ndarray:
+    """Merge the clusters whose farthest member is nearest to a proxy: minimax linkage through proxies."""
+    active, matrix = {leaf: (row, 1) for leaf, row in enumerate(distances)}, []
+    while len(active) > 1:
+        names, far = list(active), np.stack([row for row, _ in active.values()])
+        joint = np.stack([np.maximum(far, row).min(1) for row in far])
+        np.fill_diagonal(joint, np.inf)
+        a, b = (names[index] for index in np.unravel_index(joint.argmin(), joint.shape))
+        (row_a, size_a), (row_b, size_b) = active.pop(a), active.pop(b)
+        active[len(distances) + len(matrix)] = np.maximum(row_a, row_b), size_a + size_b
+        matrix.append([a, b, joint.min(), size_a + size_b])
+    return np.array(matrix)
 
 
-def _numbered(*levels: "list[str] | np.ndarray") -> Tensor:
-    """Names as numbers, in alphabetical order."""
-    return torch.from_numpy(np.stack([np.unique(names, return_inverse=True)[1] for names in levels], 1))
+def class_means(rows: Tensor, labels: Tensor) -> Tensor:
+    return torch.stack([rows[labels == label].mean(0) for label in range(int(labels.max()) + 1)])
 
 
-def trunk(features: Tensor) -> torch.nn.Module:
-    """Layers from the features to 128 numbers: convolutions for images, one linear layer for vectors."""
-    if features.ndim == 2:
-        return torch.nn.Sequential(torch.nn.Linear(features.shape[1], 128), torch.nn.ReLU())
-    layers: list[torch.nn.Module] = []
-    for inputs, outputs in ((1, 32), (32, 64), (64, 128)):
-        layers += [torch.nn.Conv2d(inputs, outputs, 3, padding=1), torch.nn.GroupNorm(8, outputs)]
-        layers += [torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
-    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(128 * 9, 128), torch.nn.ReLU())
+def trees(embeddings: Tensor, labels: Tensor, hier: HIERLoss) -> dict[str, Hierarchy]:
+    """Trees over the classes, by the way they are built."""
+    distances = hier.proxy_distances(embeddings).double()
+    means = normalize(class_means(normalize(embeddings.double()), labels))
+    shares = class_means((-distances).softmax(1), labels).sqrt()  # soft membership of ancestors, temperature 1
+    found = {
+        f"{kind} linkage": hier.hierarchy(embeddings, labels, per_class=True, linkage=kind)
+        for kind in ("average", "complete", "ward")
+    }
+    found["Ward, memberships of proxies"] = Hierarchy(linkage(shares, "ward"))
+    found["Ward, embeddings and memberships"] = Hierarchy(linkage(torch.cat([means, shares], 1), "ward"))
+    found["minimax through proxies"] = Hierarchy(minimax_linkage(class_means(distances, labels).numpy()))
+    return found
 
 
-def train(
-    features: Tensor, labels: Tensor, start: str, seed: int, options: argparse.Namespace
-) -> tuple[Tensor, HIERLoss]:
-    """Train on flat labels. Returns all embeddings, and the loss."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    head = torch.nn.Linear(128, options.dim)
-    torch.nn.init.orthogonal_(head.weight)
-    torch.nn.init.zeros_(head.bias)
-    norm = torch.nn.LayerNorm(128, elementwise_affine=False)  # as in the paper; norms end at the clip radius
-    model = torch.nn.Sequential(trunk(features), norm, head)
-    base = losses.ProxyAnchorLoss(int(labels.max()) + 1, options.dim)
-    miner = ReciprocalNeighborMiner(triplets_per_anchor=options.triplets)
-    hier = HIERLoss(options.proxies, options.dim, miner=miner)
-
-    def start_from_data() -> None:
-        with torch.no_grad():
-            subset = features[torch.randperm(len(features), generator=generator)[:SUBSET]]
-            hier.init_proxies(model(subset))
-
-    optimizer = torch.optim.Adam(
-        [
-            {"params": model.parameters(), "lr": options.lr * (10 if features.ndim == 4 else 1)},
-            {"params": [*base.parameters(), *hier.parameters()], "lr": options.lr_proxies},
-        ]
-    )
-    batches = torch.Generator().manual_seed(seed)
-    for step in range(options.steps):
-        if start == "data start" and step == options.start_after:
-            start_from_data()
-        rows = torch.randint(len(features), (90,), generator=batches)
-        embeddings = model(features[rows])
-        loss = base(embeddings, labels[rows])
-        if start != "no HIER":
-            loss = loss + options.weight * hier(embeddings, labels[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    if start == "no HIER":
-        start_from_data()
-    with torch.no_grad():
-        return model(features), hier
-
-
-def trees(embeddings: Tensor, hier: HIERLoss, labels: Tensor, seed: int) -> dict[str, Hierarchy]:
-    """All trees over the classes, by name."""
-    classes = int(labels.max()) + 1
-    clipped = poincare.clip_norm(embeddings, hier.distance.clip_radius)
-    means = torch.stack([clipped[labels == k].mean(0) for k in range(classes)])
-    chance = torch.Generator().manual_seed(seed)
-    nearest = hier.proxy_distances(means).argmin(1)
-    proxies = hier.proxies.detach()
+def purities(part: Part, head: torch.nn.Module, hier: HIERLoss, columns: list[str]) -> Scores:
+    labels = part.taxonomy[:, 0].unique(return_inverse=True)[1]
+    upper = class_means(part.taxonomy[:, 1:].double(), labels).T
     return {
-        "minimax linkage": hier.hierarchy(embeddings, labels, per_class=True),
-        "nearest proxy": Hierarchy.from_linkage(linkage(proxies[nearest].double().numpy(), "average")),
-        "average linkage": Hierarchy.from_linkage(linkage(means.double().numpy(), "average")),
-        "Ward linkage": Hierarchy.from_linkage(linkage(means.double().numpy(), "ward")),
-        "random tree": Hierarchy.from_distances(torch.rand(classes, 64, generator=chance)),
+        (kind, column): 100 * dendrogram_purity(tree, level)
+        for kind, tree in trees(head(part.features), labels, hier).items()
+        for column, level in zip(columns, upper, strict=True)
+        if len(level.unique()) < len(level)  # some two classes have the same superclass
     }
 
 
-def interval(values: list[float]) -> str:
-    """Mean and half-width of its 95% confidence interval."""
-    half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):.3f} ± {half:.3f}"
+def placement(parts: Split, head: torch.nn.Module, hier: HIERLoss, column: str, seed: int) -> Scores:
+    """How often a placed sample's class is below its node, and how well unknown samples are told apart."""
+    embeddings, labels = head(parts.test.features), parts.test.taxonomy[:, 0].unique(return_inverse=True)[1]
+    known = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed)) < 0.5
+    known[[int((labels == label).nonzero()[0]) for label in labels.unique()]] = True  # no class is without a mean
+    tree = hier.hierarchy(embeddings[known], labels[known], per_class=True)
+    means = normalize(class_means(normalize(embeddings[known]), labels[known]))
+    queries = torch.cat([embeddings[~known], head(parts.validation.features)])
+    distances, to_proxies = (1 - normalize(queries) @ means.T).numpy(), hier.proxy_distances(queries).numpy()
+    nodes, count = tree.place(distances), int((~known).sum())
+    truth, order = labels[~known].numpy(), distances.argsort(1)
+    sizes, below = tree.sizes[nodes[:count]], [set(tree.leaves(node).tolist()) for node in nodes[:count]]
+    unknown = np.arange(len(queries)) >= count
+    leaves = slice(tree.num_leaves)
+    beyond = (to_proxies[:, tree.proxies[leaves]] / tree.radii[leaves]).min(1)
+    found = {
+        "classes below the node, % of all": (sizes / tree.num_leaves).mean(),
+        "class is below the node": np.mean([label in leaves for label, leaves in zip(truth, below, strict=True)]),
+        "class is among as many nearest means": np.mean(
+            [label in row[:size] for label, row, size in zip(truth, order, sizes, strict=False)]
+        ),
+        "AUROC of unknown, nearest mean": roc_auc_score(unknown, distances.min(1)),
+        "AUROC of unknown, height of the node": roc_auc_score(unknown, tree.heights[nodes]),
+        "AUROC of unknown, radius of a class": roc_auc_score(unknown, beyond),
+    }
+    return {(row, column): 100 * float(value) for row, value in found.items()}
+
+
+def run(name: str, loss: str, seed: int, steps: int, part: str, folder: Path) -> dict[str, Scores]:
+    """Scores of one pair of models, and of their difference."""
+    torch.set_num_threads(1)
+    parts, found = split(load_table(name, folder), seed), {}
+    columns = [column for column in COLUMNS if column.lower().startswith(name)]
+    for method in ("none", "ratio 0.3"):
+        *_, (_, head, hier) = train(parts.train, loss, METHODS[method], seed, steps)
+        with torch.no_grad():
+            if method == "none":
+                hier.init_proxies(head(parts.train.features))
+            found[method] = purities(getattr(parts, part), head, hier, columns)
+            if method != "none" and part == "test":
+                found["placement"] = placement(parts, head, hier, columns[0].split(",")[0].split()[0], seed)
+    found["difference"] = {key: value - found["none"][key] for key, value in found["ratio 0.3"].items()}
+    return found
+
+
+def show(title: str, results: list[Scores]) -> None:
+    """Means over seeds and losses, with 95% confidence intervals."""
+    cells: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for key, value in itertools.chain.from_iterable(result.items() for result in results):
+        cells[key].append(value)
+    columns = dict.fromkeys(column for _, column in cells)
+    table = Table("", *columns, title=title)
+    for row in dict.fromkeys(row for row, _ in cells):
+        shown = []
+        for values in (cells[row, column] for column in columns):
+            half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+            shown.append(f"{np.mean(values):.1f} ± {half:.1f}")
+        table.add_row(row, *shown)
+    Console(width=150).print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="folder with trec_questions.npz and omniglot_small1.zip; without it, synthetic only",
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.hierarchy", description=__doc__, formatter_class=formatter
     )
+    parser.add_argument("--data", type=Path, required=True, help="folder with the tables of features")
+    parser.add_argument("--datasets", nargs="+", default=["cub", "fashion", "grocery", "trec"])
+    parser.add_argument("--part", choices=["validation", "test"], default="test", help="classes of the trees")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--proxies", type=int, default=256)
-    parser.add_argument("--triplets", type=int, default=10, help="triplets per anchor")
-    parser.add_argument("--dim", type=int, default=32)
-    parser.add_argument("--weight", type=float, default=1.0, help="of HIER")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of the network; ten times that for convolutions")
-    parser.add_argument("--start-after", type=int, default=0, help="steps before proxies start at data")
-    parser.add_argument("--lr-proxies", type=float, default=1e-2, help="of class proxies and hierarchical proxies")
-    options = parser.parse_args()
-
-    load = {"synthetic": None} | ({"TREC": load_trec, "Omniglot": load_omniglot} if options.data else {})
-    loaded = {name: function(options.data) for name, function in load.items() if function}
-    names = list(load)
-    scores: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
-    began = time.perf_counter()
-    for name, seed in tqdm([(name, seed) for name in names for seed in range(options.seeds)], unit="seed"):
-        features, taxonomy = loaded.get(name) or sample_tree(torch.Generator().manual_seed(seed))
-        labels = taxonomy[:, 0]
-        upper = torch.stack([taxonomy[labels == k][0, 1:] for k in range(int(labels.max()) + 1)])
-        for start in STARTS:
-            embeddings, hier = train(features, labels, start, seed, options)
-            for kind, tree in trees(embeddings, hier, labels, seed).items():
-                for level, of_level in enumerate(upper.T, 1):
-                    scores[name, f"level {level}", kind, start].append(dendrogram_purity(tree, of_level))
-
-    print(f"\nDendrogram purity, {options.seeds} seeds, mean ± 95% interval")
-    print(f"{vars(options)}")
-    for name in names:
-        for level in sorted({key[1] for key in scores if key[0] == name}):
-            print(f"\n{name}, {level} above the classes\n\n| tree | " + " | ".join(STARTS) + " |")
-            print("| --- " * (1 + len(STARTS)) + "|")
-            for kind in dict.fromkeys(key[2] for key in scores):
-                cells = [interval(scores[name, level, kind, start]) for start in STARTS]
-                print(f"| {kind} | " + " | ".join(cells) + " |")
-            ours = np.array(scores[name, level, "minimax linkage", "data start"])
-            for kind, start in [
-                ("minimax linkage", "random start"),
-                ("minimax linkage", "no HIER"),
-                ("average linkage", "data start"),
-                ("Ward linkage", "data start"),
-            ]:
-                difference = interval(list(ours - np.array(scores[name, level, kind, start])))
-                print(f"paired, minimax linkage with data start less {kind}, {start}: {difference}")
-    print(
-        f"\n{time.perf_counter() - began:.0f} s on {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads; torch {torch.__version__}, "
-        f"pytorch-metric-learning {pytorch_metric_learning.__version__}, hierloss {hierloss.__version__}"
+    parser.add_argument("--steps", type=int, default=400, help="of the training (default: 400)")
+    parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (default: 2)")
+    args = parser.parse_args()
+    todo = list(itertools.product(range(args.seeds), args.datasets, LOSSES))
+    results = Parallel(n_jobs=args.workers, return_as="generator")(
+        delayed(run)(name, loss, seed, args.steps, args.part, args.data) for seed, name, loss in todo
     )
+    found = list(tqdm(results, total=len(todo), unit="pair of models"))
+    print(
+        f"{args.seeds} seeds, {' and '.join(LOSSES)}, {args.steps} steps; mean and 95% confidence interval, in %"
+    )
+    show(f"Dendrogram purity of {args.part} classes, with HIER", [result["ratio 0.3"] for result in found])
+    show("Difference to training without HIER", [result["difference"] for result in found])
+    if args.part == "test":
+        show("Placing new samples in the tree", [result["placement"] for result in found])
 
 
 if __name__ == "__main__":

@@ -23,15 +23,15 @@ def main() -> None:
 
 
 def room() -> Figure:
-    """A regular tree of 3^4 leaves: on the disk all of its edges are equally long."""
-    parents, first = [], 0
-    for width in (81, 27, 9, 3):
-        parents.append(first + width + np.arange(width) // 3)
+    """A regular tree of 2^6 leaves: on the disk all of its edges are equally long."""
+    matrix, first = [], 0
+    for level in range(6):
+        width = 2 ** (6 - level)
+        matrix += [[first + i, first + i + 1, level + 1, 2 ** (level + 1)] for i in range(0, width, 2)]
         first += width
-    heights = np.repeat(np.arange(5), (81, 27, 9, 3, 1))
-    tree = Hierarchy([*np.concatenate(parents), -1], heights, -np.ones(121))
+    tree = Hierarchy(matrix)
     _, ax = plt.subplots(figsize=(6, 6))
-    plot_disk(tree, labels=np.arange(81) // 27, class_names=["first", "second", "third"], ax=ax)
+    plot_disk(tree, labels=np.arange(64) // 16, class_names=["first", "second", "third", "fourth"], ax=ax)
     ax.get_legend().remove()
     return ax.figure
 

@@ -1,23 +1,19 @@
 """The slow side of the benchmarks is HIER, or its figures would mean nothing; and the benchmarks run."""
 
-import io
 import json
 import random
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
 import torch
-from PIL import Image
 
 from benchmarks import distances, hierarchy, plain, search, speed
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT.parent / "shared" / "data"
 
 
 def test_plain_form_equals_the_reference():
@@ -149,58 +145,34 @@ def test_search_beside_faiss():
     assert search.recall(torch.tensor([[1, 2, 9], [4, 5, 6]]), torch.tensor([[2, 3], [6, 4]])) == 0.75
 
 
-# --- the study of hierarchies -------------------------------------------------------------------------------
+# --- the study of trees -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def data_folder(tmp_path):
-    """The two files of the study in small, as they are laid out in full."""
-    with zipfile.ZipFile(tmp_path / "omniglot_small1.zip", "w") as archive:
-        for alphabet in ("Greek", "Latin"):
-            for character in ("character01", "character02", "character03"):
-                for drawing in range(4):
-                    image = Image.new("1", (105, 105), 1)
-                    image.putpixel((3 * drawing + 20, 50), 0)
-                    buffer = io.BytesIO()
-                    image.save(buffer, "PNG")
-                    name = f"images_background_small1/{alphabet}/{character}/000{drawing}.png"
-                    archive.writestr(name, buffer.getvalue())
-    names = np.array(["ENTY:animal", "ENTY:food", "LOC:city", "LOC:state"] * 5)
-    embeddings = np.random.default_rng(0).normal(size=(20, 384)).astype(np.float16)
-    np.savez(tmp_path / "trec_questions.npz", text=names, label=names, embeddings=embeddings)
-    return tmp_path
-
-
-def test_loading_the_data_of_the_study(data_folder):
-    images, labels = hierarchy.load_omniglot(data_folder)
-    assert images.shape == (24, 1, 28, 28)
-    assert images.max() > 0.05  # ink is positive, and the paper 0
-    assert (images == 0).float().mean() > 0.9
-    assert labels[:, 0].tolist() == [k for k in range(6) for _ in range(4)]
-    assert labels[:, 1].tolist() == [0] * 12 + [1] * 12
-    features, labels = hierarchy.load_trec(data_folder)
-    assert features.shape == (20, 384)
-    assert features.dtype == torch.float32
-    assert labels[:4].tolist() == [[0, 0], [1, 0], [2, 1], [3, 1]]
+def test_minimax_linkage_merges_the_pair_of_clusters_nearest_to_a_proxy():
+    distances = np.random.default_rng(0).random((12, 4))
+    clusters = [frozenset([leaf]) for leaf in range(12)]
+    for a, b, height, size in hierarchy.minimax_linkage(distances):
+        joint = {
+            (x, y): distances[list(x | y)].max(0).min()
+            for x in clusters[: len(clusters)]
+            for y in clusters
+            if x and y and x != y
+        }
+        merged = clusters[int(a)] | clusters[int(b)]
+        assert height == min(joint.values()) == distances[list(merged)].max(0).min()
+        assert size == len(merged)
+        clusters[int(a)] = clusters[int(b)] = frozenset()
+        clusters.append(merged)
 
 
 @pytest.mark.slow
-def test_the_study_runs(data_folder):
-    small = ["--seeds", "2", "--steps", "2", "--proxies", "16", "--data", str(data_folder)]
-    command = [sys.executable, "-m", "benchmarks.hierarchy", *small]
+def test_the_study_of_trees_runs(tmp_path):
+    names = np.repeat([f"{coarse}:{fine}" for coarse in "ABC" for fine in range(8)], 10)
+    embeddings = np.random.default_rng(0).normal(size=(240, 150)).astype(np.float16)
+    np.savez(tmp_path / "trec_questions.npz", label=names, embeddings=embeddings)
+    options = ["--seeds", "2", "--steps", "2", "--workers", "1", "--datasets", "trec", "--data", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.hierarchy", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("synthetic, level 2", "TREC, level 1", "Omniglot, level 1"):
-        assert f"{name} above the classes" in done.stdout
-    assert done.stdout.count("| minimax linkage |") == 4
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not DATA.exists(), reason=f"needs the real data in {DATA.name}")
-def test_the_real_data_of_the_study():
-    images, labels = hierarchy.load_omniglot(DATA)
-    assert len(images) == 2720
-    assert [len(column.unique()) for column in labels.T] == [136, 5]
-    features, labels = hierarchy.load_trec(DATA)
-    assert features.shape == (5952, 384)
-    assert [len(column.unique()) for column in labels.T] == [50, 6]
+    assert done.stdout.count("minimax through proxies") == 2
+    assert "class is among as many nearest means" in done.stdout

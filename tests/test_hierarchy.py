@@ -10,8 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+from numpy.linalg import norm
 from pytorch_metric_learning import losses
-from scipy.cluster.hierarchy import cophenet, dendrogram, linkage
+from scipy.cluster.hierarchy import cophenet, leaves_list, linkage
 from trees import sample_tree
 
 from hierloss import HIERLoss, PoincareDistance, ReciprocalNeighborMiner
@@ -20,101 +21,79 @@ from hierloss.metrics import dendrogram_purity
 
 # --- brute force --------------------------------------------------------------------------------------------
 
+JOINT_HEIGHT = {
+    "average": lambda a, b: np.mean([1 - x @ y for x in a for y in b]),
+    "complete": lambda a, b: max(1 - x @ y for x in a for y in b),
+    "ward": lambda a, b: (2 * len(a) * len(b) / (len(a) + len(b))) ** 0.5 * norm(np.mean(a, 0) - np.mean(b, 0)),
+}
 
-def greedy(distances):
-    """Minimax linkage word by word: all pairs of clusters, all proxies. Returns [(leaf set, height, proxy)]."""
-    clusters = [frozenset([i]) for i in range(len(distances))]
-    merges = []
+
+def greedy(points, method):
+    """Merge the pair of clusters of lowest joint height, looking at all pairs. Returns [(leaf set, height)]."""
+    clusters, merges = [frozenset([i]) for i in range(len(points))], []
     while len(clusters) > 1:
-        candidates = [
-            (max(distances[i][p] for i in a | b), p, a, b)
+        heights = {
+            (a, b): JOINT_HEIGHT[method](points[list(a)], points[list(b)])
             for a, b in itertools.combinations(clusters, 2)
-            for p in range(len(distances[0]))
-        ]
-        height, proxy, a, b = min(candidates, key=lambda candidate: candidate[:2])
+        }
+        a, b = min(heights, key=heights.get)
         clusters = [c for c in clusters if c not in (a, b)] + [a | b]
-        merges.append((a | b, height, proxy))
+        merges.append((a | b, heights[a, b]))
     return merges
 
 
-def random_distances(leaves, proxies, seed, ties=False):
+def random_tree(leaves, seed, proxies=7):
     generator = torch.Generator().manual_seed(seed)
-    if ties:
-        return torch.randint(1, 6, (leaves, proxies), generator=generator).float()
-    points = torch.randn(leaves, 3, generator=generator)
-    centers = torch.randn(proxies, 3, generator=generator)
-    return PoincareDistance()(points, centers)
+    embeddings = torch.randn(leaves, 3, generator=generator)
+    distances = PoincareDistance()(embeddings, torch.randn(proxies, 3, generator=generator))
+    return Hierarchy.from_embeddings(embeddings, distances=distances), embeddings, distances
 
 
-def as_sets(tree):
-    return {
-        (frozenset(tree.leaves(node).tolist()), float(tree.heights[node]), int(tree.proxies[node]))
-        for node in range(tree.num_leaves, tree.num_nodes)
-    }
+@pytest.mark.parametrize("method", JOINT_HEIGHT)
+@pytest.mark.parametrize("seed", range(5))
+def test_topology_and_heights_equal_brute_force(seed, method):
+    embeddings = torch.randn(4 + 3 * seed, 3, generator=torch.Generator().manual_seed(seed))
+    tree = Hierarchy.from_embeddings(embeddings, linkage=method)
+    unit = torch.nn.functional.normalize(embeddings.double()).numpy()
+    merges = greedy(unit, method)
+    assert [frozenset(tree.leaves(node)) for node in range(tree.num_leaves, tree.num_nodes)] == [
+        m[0] for m in merges
+    ]
+    np.testing.assert_allclose(tree.heights[tree.num_leaves :], [height for _, height in merges], atol=1e-12)
+    assert tree == Hierarchy.from_embeddings(4 * embeddings, linkage=method)  # norms do not matter
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_equals_brute_force(seed):
-    leaves, proxies = 3 + seed, 2 + seed % 7
-    distances = random_distances(leaves, proxies, seed)
-    assert as_sets(Hierarchy.from_distances(distances)) == set(greedy(distances.tolist()))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_ties_have_heights_of_brute_force(seed):
-    # Which of the tied pairs goes first is a convention, but every node is a set at its own height.
-    distances = random_distances(12, 4, seed, ties=True)
-    tree = Hierarchy.from_distances(distances)
-    for node in range(tree.num_leaves, tree.num_nodes):
+@pytest.mark.parametrize("seed", range(5))
+def test_ancestor_is_the_proxy_nearest_to_the_farthest_leaf(seed):
+    tree, _, distances = random_tree(30, seed)
+    for node in range(tree.num_nodes):
         farthest = distances[tree.leaves(node)].amax(0)
-        assert farthest.min() == tree.heights[node] == farthest[tree.proxies[node]]
-    for a, b in itertools.combinations(range(12), 2):
-        pair = torch.maximum(distances[a], distances[b]).min()
-        assert tree.heights[tree.lowest_common_ancestor([a, b])] >= pair
-    assert tree.heights[tree.num_leaves] == min(height for _, height, _ in greedy(distances.tolist()))
-    assert tree == Hierarchy.from_distances(distances)
+        assert tree.proxies[node] == farthest.argmin()
+        assert tree.radii[node] == farthest.min()
+    assert (tree.radii[tree.parents[:-1]] >= tree.radii[:-1]).all()
+    assert len(set(tree.proxies)) > 2
 
 
-def test_clusters_that_meet_at_once_share_a_node():
-    distances = torch.tensor([[1.0, 9.0], [1.0, 9.0], [1.0, 9.0], [7.0, 3.0], [7.0, 3.0]])
-    tree = Hierarchy.from_distances(distances)
-    assert as_sets(tree) == {
-        (frozenset({0, 1, 2}), 1.0, 0),
-        (frozenset({3, 4}), 3.0, 1),
-        (frozenset(range(5)), 7.0, 0),
-    }
-    assert tree.children(5) == (0, 1, 2)
-    assert tree.to_linkage()[:2, 2].tolist() == [1.0, 1.0]
-    # The same height below another proxy is another node.
-    tree = Hierarchy.from_distances(torch.tensor([[3.0, 3.0], [3.0, 3.0], [9.0, 3.0]]))
-    assert as_sets(tree) == {(frozenset({0, 1}), 3.0, 0), (frozenset({0, 1, 2}), 3.0, 1)}
-
-
-def test_class_leaf_is_at_the_mean_distance_of_its_samples():
-    distances = random_distances(40, 6, 0)
+def test_class_leaf_is_the_mean_of_its_scaled_embeddings():
+    _, embeddings, distances = random_tree(40, 0)
     labels = torch.arange(40) % 5 * 10
-    tree = Hierarchy.from_distances(distances, labels, per_class=True)
-    means = torch.stack([distances[labels == label].double().mean(0) for label in labels.unique()])
-    assert as_sets(tree) == set(greedy(means.tolist()))
+    tree = Hierarchy.from_embeddings(embeddings, labels, per_class=True, distances=distances)
+    unit = torch.nn.functional.normalize(embeddings.double())
+    rows = [labels == label for label in labels.unique()]
+    means = torch.nn.functional.normalize(torch.stack([unit[row].mean(0) for row in rows]))
+    far = torch.stack([distances[row].double().mean(0) for row in rows])
+    expected = Hierarchy.from_embeddings(means, distances=far)
+    np.testing.assert_allclose(tree.linkage, expected.linkage, atol=1e-12)
+    np.testing.assert_array_equal(tree.proxies, expected.proxies)
+    np.testing.assert_allclose(tree.radii, expected.radii)
     assert tree.leaf_labels.tolist() == [0, 10, 20, 30, 40]
-    np.testing.assert_array_equal(tree.proxies[:5], means.argmin(1))
 
 
-def test_large():
-    generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(4000, 16, generator=generator) / 4
-    proxies = torch.randn(200, 16, generator=generator) / 4
-    distances = PoincareDistance()(embeddings, proxies).double()
-    tree = Hierarchy.from_distances(distances)
-    for node in range(tree.num_leaves, tree.num_nodes, 97):
-        farthest = distances[tree.leaves(node)].amax(0)
-        assert float(farthest.min()) == pytest.approx(tree.heights[node], abs=1e-5)
-    # Any two leaves that are apart at a height could not have been merged below it.
-    groups = tree.cut(50)
-    assert groups.max() == 49
-    rows = torch.stack([distances[groups == g].amax(0) for g in range(50)])
-    joint = torch.maximum(rows[:, None], rows[None]).amin(2) + torch.eye(50) * 99
-    assert float(joint.min()) == pytest.approx(np.sort(tree.heights)[-49], abs=1e-5)
+def test_embeddings_on_the_ball_have_the_same_tree():
+    _, embeddings, _ = random_tree(20, 1)
+    on_ball = PoincareDistance(clip_radius=None).normalize(embeddings)
+    expected = Hierarchy.from_embeddings(embeddings)
+    np.testing.assert_allclose(Hierarchy.from_embeddings(on_ball).linkage, expected.linkage, atol=1e-6)
 
 
 # --- queries ------------------------------------------------------------------------------------------------
@@ -122,25 +101,26 @@ def test_large():
 
 @pytest.fixture
 def tree():
-    # 7 is the root, above 6 = {0, 1} and 5 = {2, 3, 4}
-    return Hierarchy([6, 6, 5, 5, 5, 7, 7, -1], [0, 0, 0, 0, 0, 1.0, 2.0, 5.0], [0, 0, 1, 1, 1, 1, 0, 2])
+    # 8 is the root, above 7 = {0, 1} and 6 = {5 = {2, 3}, 4}
+    matrix = [[2, 3, 1, 2], [4, 5, 1, 3], [0, 1, 2, 2], [6, 7, 5, 5]]
+    return Hierarchy(matrix, None, [0, 0, 1, 1, 1, 1, 1, 0, 2], [0, 0, 0, 0, 0, 2.0, 2.0, 3.0, 4.0])
 
 
 def test_queries(tree):
-    assert (tree.num_leaves, tree.num_nodes, tree.root) == (5, 8, 7)
-    assert [tree.parent(node) for node in range(8)] == [6, 6, 5, 5, 5, 7, 7, None]
-    assert [tree.children(node) for node in (0, 5, 6, 7)] == [(), (2, 3, 4), (0, 1), (5, 6)]
-    assert [tree.depth(node) for node in range(8)] == [2, 2, 2, 2, 2, 1, 1, 0]
-    assert tree.sizes.tolist() == [1, 1, 1, 1, 1, 3, 2, 5]
-    assert [tree.leaves(node).tolist() for node in (3, 5, 6, 7)] == [[3], [2, 3, 4], [0, 1], [0, 1, 2, 3, 4]]
-    assert tree.leaf_order.tolist() == [2, 3, 4, 0, 1]
-    cases = [([3], 3), ([3, 4], 5), ([0, 1], 6), ([0, 1, 0], 6), ([1, 2], 7), ([5, 2], 5), (range(5), 7)]
+    assert (tree.num_leaves, tree.num_nodes, tree.root) == (5, 9, 8)
+    assert tree.parents.tolist() == [7, 7, 5, 5, 6, 6, 8, 8, -1]
+    assert tree.heights.tolist() == [0, 0, 0, 0, 0, 1, 1, 2, 5]
+    assert [tree.children(node) for node in (0, 5, 6, 8)] == [(), (2, 3), (4, 5), (6, 7)]
+    assert tree.sizes.tolist() == [1, 1, 1, 1, 1, 2, 3, 2, 5]
+    assert [tree.leaves(node).tolist() for node in (3, 6, 7, 8)] == [[3], [2, 3, 4], [0, 1], [0, 1, 2, 3, 4]]
+    assert tree.leaf_order.tolist() == leaves_list(tree.linkage).tolist() == [4, 2, 3, 0, 1]
+    cases = [([3], 3), ([3, 4], 6), ([0, 1], 7), ([0, 1, 0], 7), ([1, 2], 8), ([5, 2], 5), (range(5), 8)]
     for nodes, ancestor in cases:
         assert tree.lowest_common_ancestor(nodes) == ancestor
 
 
 def test_common_ancestor_equals_smallest_node_that_holds_the_set():
-    tree = Hierarchy.from_distances(random_distances(60, 8, 3))
+    tree, *_ = random_tree(60, 3)
     generator = np.random.default_rng(0)
     for _ in range(50):
         leaves = generator.choice(60, generator.integers(1, 6), replace=False)
@@ -152,92 +132,68 @@ def test_cut(tree):
     assert tree.cut(1).tolist() == [0] * 5
     assert tree.cut(2).tolist() == [0, 0, 1, 1, 1]
     assert tree.cut(3).tolist() == [0, 1, 2, 2, 2]
-    assert tree.cut(4).tolist() == [0, 1, 2, 2, 2]  # the node of three children falls apart at once
+    assert tree.cut(4).tolist() == [0, 1, 2, 2, 2]  # two nodes of the same height fall apart at once
     assert tree.cut(5).tolist() == [0, 1, 2, 3, 4]
     assert tree.cut(height=0).tolist() == [0, 1, 2, 3, 4]
     assert tree.cut(height=1.0).tolist() == [0, 1, 2, 2, 2]
     assert tree.cut(height=4.99).tolist() == [0, 0, 1, 1, 1]
     for num_groups in range(1, 31):
-        binary = Hierarchy.from_distances(random_distances(30, 5, 2))
-        assert len(set(binary.cut(num_groups).tolist())) == num_groups
+        assert len(set(random_tree(30, 2)[0].cut(num_groups).tolist())) == num_groups
 
 
-def test_lowest_containing_node():
-    distances = torch.tensor([[1.0, 9.0, 4.0], [2.0, 9.0, 4.0], [9.0, 1.0, 4.0], [9.0, 3.0, 4.0]])
-    tree = Hierarchy.from_distances(distances)
-    assert as_sets(tree) == {
-        (frozenset({0, 1}), 2.0, 0),
-        (frozenset({2, 3}), 3.0, 1),
-        (frozenset(range(4)), 4.0, 2),
-    }
-    new = torch.tensor([[2.0, 9.0, 4.0], [2.1, 2.9, 9.0], [1.0, 0.5, 9.0], [3.0, 4.0, 3.9], [8.0, 8.0, 8.0]])
-    assert tree.lowest_containing_node(new).tolist() == [4, 5, 4, 6, 6]
-    # Those it was built from are below their own ancestors.
-    tree = Hierarchy.from_distances(distances := random_distances(50, 6, 5))
-    for leaf, node in enumerate(tree.lowest_containing_node(distances)):
-        assert tree.heights[node] <= tree.heights[tree.parents[leaf]]
-
-
-@pytest.mark.parametrize("built", [torch.float32, torch.float64])
-@pytest.mark.parametrize("asked", [torch.float32, torch.float64])
-def test_leaves_are_contained_by_their_parents_in_either_precision(built, asked):
-    distances = random_distances(300, 12, 5).double() * (1 + 1e-9)
-    tree = Hierarchy.from_distances(distances.to(built))
-    nodes = tree.lowest_containing_node(distances.to(asked))
-    assert (tree.heights[nodes] <= tree.heights[tree.parents[:300]]).all()
+def test_place_goes_up_from_the_nearest_leaf_to_a_node_as_high_as_the_distance(tree):
+    near_3 = np.array([5.0, 5.0, 4.0, 0.0, 4.0])
+    placed = tree.place(near_3 + np.array([[0.0], [0.5], [1.0], [1.1], [5.0], [99.0]]))
+    assert placed.tolist() == [3, 5, 5, 8, 8, 8]
+    large, embeddings, _ = random_tree(50, 5)
+    unit = torch.nn.functional.normalize(embeddings.double())
+    assert large.place((1 - unit @ unit.T).clamp_min(0).fill_diagonal_(0)).tolist() == list(range(50))
 
 
 def test_immutable(tree):
-    for array in (tree.parents, tree.heights, tree.proxies, tree.sizes, tree.leaf_order):
+    for array in (tree.linkage, tree.parents, tree.heights, tree.proxies, tree.radii, tree.sizes, tree.leaf_order):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
     with pytest.raises(AttributeError):
-        tree.parents = tree.parents
-    source = np.array([2, 2, -1])
-    built = Hierarchy(source, [0, 0, 1.0], [0, 0, 0])
+        tree.linkage = tree.linkage
+    source = np.array([[0.0, 1, 1, 2]])
+    built = Hierarchy(source)
     source[:] = 0
-    assert built.parents.tolist() == [2, 2, -1]
+    assert built.linkage.tolist() == [[0, 1, 1, 2]]
 
 
 # --- export -------------------------------------------------------------------------------------------------
 
 
-def test_linkage_is_read_by_scipy(tree):
-    matrix = tree.to_linkage()
-    assert matrix.tolist() == [[2, 3, 1, 2], [4, 5, 1, 3], [0, 1, 2, 2], [6, 7, 5, 5]]
-    assert Hierarchy.from_linkage(matrix).parents.tolist() == tree.parents.tolist()
-    assert dendrogram(matrix, no_plot=True)["ivl"]
-    large = Hierarchy.from_distances(random_distances(40, 8, 1))
-    heights = iter(cophenet(large.to_linkage()))
-    for a, b in itertools.combinations(range(40), 2):
-        assert next(heights) == large.heights[large.lowest_common_ancestor([a, b])]
-
-
 @pytest.mark.parametrize("method", ["average", "ward", "complete", "single"])
-def test_linkage_of_another_method_comes_back(method):
+def test_linkage_of_scipy_is_kept(method):
     matrix = linkage(np.random.default_rng(0).normal(size=(25, 3)), method)
     tree = Hierarchy.from_linkage(matrix, np.arange(25))
-    np.testing.assert_allclose(cophenet(tree.to_linkage()), cophenet(matrix))
-    assert set(tree.proxies) == {-1}
+    np.testing.assert_array_equal(tree.linkage, matrix)
+    assert tree.proxies is tree.radii is None
+    heights = iter(cophenet(matrix))
+    for a, b in itertools.combinations(range(25), 2):
+        assert next(heights) == tree.heights[tree.lowest_common_ancestor([a, b])]
 
 
 def test_networkx(tree):
     networkx = pytest.importorskip("networkx")
-    tree = Hierarchy(tree.parents, tree.heights, tree.proxies, ["a", "b", "c", "d", "e"])
+    tree = Hierarchy(tree.linkage, ["a", "b", "c", "d", "e"], tree.proxies, tree.radii)
     graph = tree.to_networkx()
     assert networkx.is_arborescence(graph)
-    assert networkx.lowest_common_ancestor(graph, 2, 4) == 5
-    assert sorted(networkx.descendants(graph, 6)) == [0, 1]
-    assert [graph.nodes[node]["height"] for node in range(8)] == tree.heights.tolist()
-    assert [graph.nodes[node]["proxy"] for node in range(8)] == tree.proxies.tolist()
+    assert networkx.lowest_common_ancestor(graph, 2, 4) == 6
+    assert sorted(networkx.descendants(graph, 7)) == [0, 1]
+    for name, values in {"height": tree.heights, "proxy": tree.proxies, "radius": tree.radii}.items():
+        assert [graph.nodes[node][name] for node in range(9)] == values.tolist()
     assert [graph.nodes[node].get("label") for node in range(6)] == ["a", "b", "c", "d", "e", None]
-    assert graph.edges[7, 5]["length"] == 4.0
-    assert networkx.shortest_path_length(graph, 7, 3, weight="length") == 5.0
+    assert graph.edges[8, 6]["length"] == 4.0
+    assert networkx.shortest_path_length(graph, 8, 3, weight="length") == 5.0
+    assert set(Hierarchy(tree.linkage).to_networkx().nodes[8]) == {"height"}
 
 
 def test_newick_is_read_by_biopython():
     phylo = pytest.importorskip("Bio.Phylo", reason="Biopython is not installed")
-    tree = Hierarchy.from_distances(random_distances(30, 5, 4))
+    tree, *_ = random_tree(30, 4)
     names = [f"it's leaf ({i}); a, b: c" for i in range(30)]
     read = phylo.read(io.StringIO(tree.to_newick(names)), "newick")
 
@@ -256,26 +212,21 @@ def test_newick_is_read_by_biopython():
 
     _, found = sets(read.root, 0.0)
     expected = {
-        (frozenset(names[i] for i in leaves), round(height, 4), f"proxy {proxy}")
-        for leaves, height, proxy in as_sets(tree)
+        (frozenset(names[i] for i in tree.leaves(n)), round(tree.heights[n], 4), f"proxy {tree.proxies[n]}")
+        for n in range(30, 59)
     }
     assert set(found) == expected
 
 
 def test_json(tree):
     for labels in (None, np.arange(5), np.array(list("abcde"))):
-        labelled = Hierarchy(tree.parents, tree.heights, tree.proxies, labels)
-        assert Hierarchy.from_json(labelled.to_json()) == labelled
-    assert json.loads(tree.to_json())["heights"] == [0, 0, 0, 0, 0, 1, 2, 5]
-    random = Hierarchy.from_distances(random_distances(30, 5, 4), torch.arange(30))
+        labelled = Hierarchy(tree.linkage, labels, tree.proxies, tree.radii)
+        assert Hierarchy.from_json(labelled.to_json()) == labelled != Hierarchy(tree.linkage, labels)
+    assert json.loads(tree.to_json())["linkage"][3] == [6, 7, 5, 5]
+    random, *_ = random_tree(30, 4)
     assert Hierarchy.from_json(random.to_json()) == random
     with pytest.raises(ValueError, match="fields"):
         Hierarchy.from_json("{}")
-    for name in ("parents", "proxies"):
-        fields = json.loads(labelled.to_json())
-        fields[name][1] += 0.7
-        with pytest.raises(ValueError, match=rf"{name} must be whole numbers, got \d\.7"):
-            Hierarchy.from_json(json.dumps(fields))
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -284,45 +235,48 @@ GOOD = torch.rand(6, 3)
 
 
 @pytest.mark.parametrize(
-    ("distances", "kwargs", "error", "message"),
+    ("embeddings", "kwargs", "error", "message"),
     [
-        (GOOD[:0], {}, ValueError, "at least 2 samples .* got 0"),
-        (GOOD[:1], {}, ValueError, "at least 2 samples .* got 1"),
-        (GOOD[:, :0], {}, ValueError, "at least 2 proxies, got 0"),
-        (GOOD[:, :1], {}, ValueError, "at least 2 proxies, got 1"),
-        (GOOD[0], {}, ValueError, r"distances must have shape .* got shape \(3,\)"),
-        (GOOD / 0, {}, ValueError, "distances must be finite"),
-        (GOOD.numpy(), {}, TypeError, "distances must be a torch.Tensor, got ndarray"),
+        (GOOD[:0], {}, ValueError, "embeddings must have at least one row"),
+        (GOOD[:1], {}, ValueError, "2 to 20000 leaves, got 1 samples"),
+        (GOOD[0], {}, ValueError, r"embeddings must have shape .* got shape \(3,\)"),
+        (GOOD / 0, {}, ValueError, "embeddings must be finite"),
+        (GOOD.numpy(), {}, TypeError, "embeddings must be a torch.Tensor, got ndarray"),
+        (GOOD, {"linkage": "minimax"}, ValueError, '"complete" or "ward", got \'minimax\''),
         (GOOD, {"labels": torch.zeros(5)}, ValueError, r"labels must have shape \(6,\).* got shape \(5,\)"),
         (GOOD, {"per_class": True}, ValueError, "labels must be given when per_class"),
-        (GOOD, {"labels": torch.zeros(6), "per_class": True}, ValueError, "at least 2 classes .* got 1"),
-        (torch.zeros(1).expand(50_001, 3), {}, ValueError, "per_class=True .* subsample"),
+        (GOOD, {"labels": torch.zeros(6), "per_class": True}, ValueError, "leaves, got 1 classes"),
+        (torch.ones(1).expand(20_001, 3), {}, ValueError, "per_class=True .* subsample"),
+        (GOOD, {"distances": GOOD[:5]}, ValueError, "a row for each of 6 embeddings, got 5"),
+        (GOOD, {"distances": GOOD / 0}, ValueError, r"finite, of shape \(6, num_proxies\)"),
+        (GOOD, {"distances": GOOD[:, :0]}, ValueError, r"of shape \(6, num_proxies\), got shape \(6, 0\)"),
     ],
 )
-def test_bad_input(distances, kwargs, error, message):
+def test_bad_input(embeddings, kwargs, error, message):
     with pytest.raises(error, match=message):
-        Hierarchy.from_distances(distances, **kwargs)
+        Hierarchy.from_embeddings(embeddings, **kwargs)
 
 
 @pytest.mark.parametrize(
-    ("parents", "heights", "message"),
+    ("fields", "message"),
     [
-        ([1, -1], [0, 1], "at least 3"),
-        ([2, 2, 2], [0, 0, 1], "-1 for the last"),
-        ([2, 0, -1], [0, 0, 1], "-1 for the last"),
-        ([3, 3, 4, 4, -1], [0, 0, 0, 2, 1], "heights"),
-        ([2, 3, 3, -1], [0, 0, 1, 2], "two children"),
+        ([[[0, 1, 1.0, 2], [0, 2, 2.0, 2]]], "[Ll]inkage .* more than once"),
+        ([[[0, 1, 2.0, 2], [2, 3, 1.0, 3]]], "do not decrease"),
+        ([np.zeros((0, 4))], "[Ll]inkage"),
+        ([[[0, 1, 1.0, 2]], [1, 2, 3]], r"leaf_labels must have shape \(2,\), got shape \(3,\)"),
+        ([[[0, 1, 1.0, 2]], None, [1, 2]], r"proxies must have shape \(3,\), got shape \(2,\)"),
+        ([[[0, 1, 1.0, 2]], None, [0.5, 0, 0]], "proxies must be whole numbers, got 0.5"),
     ],
 )
-def test_bad_tree(parents, heights, message):
+def test_bad_tree(fields, message):
     with pytest.raises(ValueError, match=message):
-        Hierarchy(parents, heights, [0] * len(parents))
+        Hierarchy(*fields)
 
 
 def test_bad_queries(tree):
-    for node in (-1, 8):
-        with pytest.raises(ValueError, match="node must be a whole number from 0 to 7"):
-            tree.parent(node)
+    for node in (-1, 9):
+        with pytest.raises(ValueError, match="node must be a whole number from 0 to 8"):
+            tree.children(node)
     for arguments in ({}, {"num_groups": 2, "height": 1.0}):
         with pytest.raises(ValueError, match="one of num_groups and height"):
             tree.cut(**arguments)
@@ -332,14 +286,9 @@ def test_bad_queries(tree):
         tree.lowest_common_ancestor([])
     with pytest.raises(ValueError, match="names must be 5"):
         tree.to_newick(["a"])
-    with pytest.raises(ValueError, match="more than 2, got shape"):
-        tree.lowest_containing_node(torch.zeros(4, 2))
-    with pytest.raises(ValueError, match="distances must not be NaN"):
-        tree.lowest_containing_node(torch.full((2, 3), math.nan))
-    with pytest.raises(ValueError, match="no proxies"):
-        Hierarchy.from_linkage(tree.to_linkage()).lowest_containing_node(torch.zeros(4, 2))
-    with pytest.raises(ValueError, match="do not decrease"):
-        Hierarchy.from_linkage(np.array([[0, 1, 2.0, 2], [2, 3, 1.0, 3]]))
+    for distances in (torch.zeros(4, 2), torch.full((2, 5), math.nan)):
+        with pytest.raises(ValueError, match=r"distances must have shape \(M, 5\), without NaN"):
+            tree.place(distances)
 
 
 def test_import_needs_no_optional_package():
@@ -395,11 +344,6 @@ def test_training_recovers_a_known_tree(seed):
     assert [dendrogram_purity(tree, level) >= 0.95 for level in upper.T] == [True, True]
 
 
-def test_random_start_is_worse():
-    tree, upper = trained_tree("random", 0)
-    assert dendrogram_purity(tree, upper[:, 0]) < 0.9
-
-
 # --- methods of the loss ------------------------------------------------------------------------------------
 
 
@@ -410,12 +354,17 @@ def test_the_hierarchy_of_a_loss_is_that_of_its_proxies_and_distance():
     loss_func = HIERLoss(8, 4, distance=distance)
     distances = loss_func.proxy_distances(embeddings).detach()
     of_samples, of_classes = (
-        Hierarchy.from_distances(distances, labels, per_class=per_class) for per_class in (False, True)
+        Hierarchy.from_embeddings(embeddings, labels, per_class=per_class, distances=distances)
+        for per_class in (False, True)
     )
     assert of_samples != of_classes
     assert loss_func.hierarchy(embeddings, labels) == of_samples
     assert loss_func.hierarchy(embeddings, labels, per_class=True) == of_classes
-    assert loss_func.hierarchy(embeddings) == Hierarchy.from_distances(distances) != of_samples
+    assert (
+        loss_func.hierarchy(embeddings) == Hierarchy.from_embeddings(embeddings, distances=distances) != of_samples
+    )
+    ward = Hierarchy.from_embeddings(embeddings, labels, linkage="ward", distances=distances)
+    assert loss_func.hierarchy(embeddings, labels, linkage="ward") == ward != of_samples
     with pytest.raises(ValueError, match=r"embeddings must have 4 columns, .* got shape \(30, 3\)"):
         loss_func.hierarchy(embeddings[:, :3])
     with pytest.raises(RuntimeError, match=r"HIERLoss has no proxies before its first batch; .* a state_dict"):

@@ -36,7 +36,9 @@ def make_tree(leaves=40, seed=0):
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(leaves, 4, generator=generator)
     proxies = points[torch.randint(leaves, (60,), generator=generator)] * torch.rand(60, 1, generator=generator)
-    return Hierarchy.from_distances(PoincareDistance()(points, proxies), torch.arange(leaves) % 4)
+    return Hierarchy.from_embeddings(
+        points, torch.arange(leaves) % 4, distances=PoincareDistance()(points, proxies)
+    )
 
 
 def drawn_points(ax, skip_empty=True):
@@ -131,8 +133,9 @@ def crossings(segments):
     return int((apart & apart.T & (owner[:, None] != owner)).sum() // 2)
 
 
-def test_sarkar_edges_have_their_length_and_do_not_cross():
-    tree = make_tree(24)
+@pytest.mark.parametrize("seed", range(3))
+def test_sarkar_edges_have_their_length_and_do_not_cross(seed):
+    tree = make_tree(24, seed)
     points, scale = layout.sarkar(tree)
     assert scale == pytest.approx(5 / tree.heights[-1])
     assert points[-1] == 0
@@ -157,7 +160,7 @@ def test_sarkar_distances_are_about_those_of_the_tree():
     drawn = [disk_distance(*points[[*pair]]) for pair in pairs]
     shares = np.array(drawn) / through
     assert shares.max() <= 1 + 1e-9  # the geodesic is the shortest way
-    assert shares.mean() > 0.7
+    assert shares.mean() > 0.62  # 0.56 if edges go to the middle of the arc as seen from the root
     flat = [abs(points[a] - points[b]) for a, b in pairs]
     assert np.corrcoef(drawn, through)[0, 1] > max(0.7, np.corrcoef(flat, through)[0, 1])
 
@@ -187,7 +190,7 @@ def test_disk_names_and_images():
 
 def test_class_leaves_are_named_and_coloured_by_superclass():
     tree = make_tree(12)
-    tree = Hierarchy(tree.parents, tree.heights, tree.proxies, np.arange(12) * 2)
+    tree = Hierarchy(tree.linkage, np.arange(12) * 2)
     names = {2 * i: f"class {i}" for i in range(12)}
     assert "class 11" in {text.get_text() for text in plotting.plot_disk(tree, class_names=names).texts}
     assert plotting.plot_disk(tree).get_legend() is None
@@ -253,12 +256,12 @@ def test_names_are_drawn_as_they_are(kind):
 
 
 def test_branches_have_the_colour_of_most_of_their_leaves():
-    parents, heights = [4, 4, 5, 6, 5, 6, -1], [0, 0, 0, 0, 1, 2, 3]
-    tree = Hierarchy(parents, heights, [-1] * 7, [0, 0, 1, 1])
+    matrix = [[0, 1, 1, 2], [4, 2, 2, 3], [5, 3, 3, 4]]
+    tree = Hierarchy(matrix, [0, 0, 1, 1])
     edges = plotting.plot_disk(tree).collections[0].get_colors()
     a, b = (matplotlib.colors.to_rgba(layout.STYLES[group][0]) for group in (0, 1))
     np.testing.assert_allclose(edges, [a, a, b, b, a, a])
-    tree = Hierarchy(parents, heights, [-1] * 7, [0, 1, 0, 1])
+    tree = Hierarchy(matrix, [0, 1, 0, 1])
     links = [c for c in plotting.plot_dendrogram(tree).collections if hasattr(c, "get_segments")]
     colors = {tuple(c.get_colors()[0]): len(c.get_segments()) for c in links}
     assert colors == {matplotlib.colors.to_rgba(layout.GREY): 2, a: 1}
@@ -344,7 +347,7 @@ def test_missing_packages_are_named(tmp_path):
         "import sys\n"
         "from hierloss.hierarchy import Hierarchy\n"
         "from hierloss.plotting import plot_dendrogram, plot_disk, write_html\n"
-        "tree = Hierarchy([2, 2, -1], [0, 0, 1], [0, 0, 0])\n"
+        "tree = Hierarchy([[0, 1, 1.0, 2]])\n"
         f"page = lambda: write_html(tree, {str(tmp_path / 'x.html')!r})\n"
         "calls = [('plotly', page), ('matplotlib', page), ('matplotlib', lambda: plot_disk(tree)),\n"
         "         ('matplotlib', lambda: plot_dendrogram(tree)), ('scipy', lambda: plot_dendrogram(tree))]\n"
@@ -505,7 +508,8 @@ def hovered(shown, node):
 
 @pytest.mark.slow
 def test_page_hover_shows_what_is_known(browser, tmp_path):
-    tree = Hierarchy([4, 4, 5, 6, 5, 6, -1], [0, 0, 0, 0, 1, 2, 3.25], [0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 1])
+    matrix = [[0, 1, 1, 2], [4, 2, 2, 3], [5, 3, 3.25, 4]]
+    tree = Hierarchy(matrix, [0, 0, 1, 1], range(7))
     path = tmp_path / "tree.html"
     names, texts = ["n<0>", "n1", "n2", "n3"], ["t<b>0</b>", "t1", "t2", "t3"]
     plotting.write_html(tree, path, names=names, texts=texts, class_names=["A", "B<br>"])

@@ -15,7 +15,7 @@ from hierloss.metrics import hierarchical_average_precision
 
 from .data import Part, Split
 
-__all__ = ["CHECKPOINTS", "LOSSES", "METHODS", "MOST_STEPS", "SCORES", "Method", "run"]
+__all__ = ["CHECKPOINTS", "LOSSES", "METHODS", "MOST_STEPS", "SCORES", "Method", "run", "train"]
 
 EMBEDDING_SIZE = 128
 CLASSES_PER_BATCH, SAMPLES_PER_CLASS = 18, 5
@@ -69,13 +69,24 @@ METHODS: dict[str, Method] = {
 
 
 def run(split: Split, loss: str, method: Method, seed: int, steps: int, test: bool) -> dict[str, Any]:
-    """Scores of validation classes, and of test classes if they are asked for, at each checkpoint up to ``steps``.
+    """Scores of validation classes, and of test classes if ``test``, at each checkpoint up to ``steps``."""
+    parts = {"validation": split.validation} | ({"test": split.test} if test else {})
+    curve: dict[str, Any] = {}
+    for step, head, _ in train(split.train, loss, method, seed, steps):
+        if step in CHECKPOINTS:
+            curve[str(step)] = {name: scores(head, part, seed) for name, part in parts.items()}
+    return curve
+
+
+def train(
+    data: Part, loss: str, method: Method, seed: int, steps: int
+) -> Iterator[tuple[int, nn.Module, HIERLoss]]:
+    """Train a head; yields the number of steps done, the head and HIER, before each step and after the last.
 
     Equal seeds mean equal initial weights and equal batches, whatever the method is.
     """
     torch.manual_seed(seed)
-    features, taxonomy = split.train
-    labels = taxonomy[:, 0].unique(return_inverse=True)[1]
+    features, labels = data.features, data.taxonomy[:, 0].unique(return_inverse=True)[1]
     head = make_head(features.shape[1])
     base, miner = LOSSES[loss](int(labels.max()) + 1)
     hier = make_hier(method)
@@ -86,11 +97,8 @@ def run(split: Split, loss: str, method: Method, seed: int, steps: int, test: bo
         ]
     )
     batches = make_batches(labels, seed)
-    parts = {"validation": split.validation} | ({"test": split.test} if test else {})
-    curve: dict[str, Any] = {}
-    for step in range(steps + 1):
-        if step in CHECKPOINTS:
-            curve[str(step)] = {name: scores(head, part, seed) for name, part in parts.items()}
+    for step in range(steps):
+        yield step, head, hier
         if step == method.init_at:
             with torch.no_grad():
                 hier.init_proxies(head(features[torch.randperm(len(features))[:2000]]))
@@ -106,7 +114,7 @@ def run(split: Split, loss: str, method: Method, seed: int, steps: int, test: bo
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-    return curve
+    yield steps, head, hier
 
 
 def make_head(width: int) -> nn.Sequential:

@@ -94,25 +94,27 @@ def as_images(images: Any, count: int) -> list[np.ndarray]:
 
 def prune(tree: Hierarchy, max_leaves: int) -> tuple[Hierarchy, list[np.ndarray]]:
     """The top of a tree, with at most ``max_leaves`` leaves, and the original leaves under each of them."""
-    first, count = tree.num_nodes, 1
-    most = max(check_count("max_leaves", max_leaves, minimum=2), len(tree.children(tree.root)))
-    while first > tree.num_leaves and (count := count + len(tree.children(first - 1)) - 1) <= most:
-        first -= 1
+    count = min(check_count("max_leaves", max_leaves, minimum=2), tree.num_leaves)
+    first = tree.num_nodes - count + 1
     ends = np.flatnonzero((tree.parents >= first) & (np.arange(tree.num_nodes) < first))
-    kept = np.append(ends, np.arange(first, tree.num_nodes))
-    heights = np.where(kept < first, 0, tree.heights[kept])
-    parents = np.append(np.searchsorted(kept, tree.parents[kept[:-1]]), -1)
-    return Hierarchy(parents, heights, tree.proxies[kept]), [tree.leaves(int(end)) for end in ends]
+    linkage = tree.linkage[1 - count :].copy()
+    linkage[:, :2] = np.searchsorted(np.append(ends, np.arange(first, tree.num_nodes)), linkage[:, :2])
+    sizes = [1] * count
+    for row in linkage:
+        row[3] = sizes[int(row[0])] + sizes[int(row[1])]
+        sizes.append(row[3])
+    return Hierarchy(linkage), [tree.leaves(int(end)) for end in ends]
 
 
 def sarkar(tree: Hierarchy) -> tuple[np.ndarray, float]:
     """Complex points of the unit disk for all nodes, and the hyperbolic length per unit of height."""
     scale = LEAF_DISTANCE / float(tree.heights[-1]) if tree.heights[-1] > 0 else 1.0
-    middles = np.exp(2j * math.pi * tree.spans.mean(1) / tree.num_leaves)
+    arcs = np.exp(2j * math.pi * tree.spans / tree.num_leaves)
     points = np.zeros(tree.num_nodes, complex)
     for node, above in reversed(list(enumerate(tree.parents[:-1]))):
-        # With the parent moved to 0, this is the direction of the arc's middle: geodesics from 0 are straight.
-        toward = _move(middles[node], -points[above])
+        # With the parent moved to 0, where geodesics are straight, the edge goes to the middle of the node's arc.
+        start, stop = _move(arcs[node], -points[above])
+        toward = start * np.exp(0.5j * (np.angle(stop / start) % (2 * math.pi)))
         length = scale * float(tree.heights[above] - tree.heights[node])
         points[node] = _move(math.tanh(length / 2) * toward / abs(toward), points[above])
     return points, scale

@@ -20,7 +20,7 @@ def render(tree: Hierarchy, leaves: Leaves, texts: Any, title: str, svg: str, pl
             lines += [leaves.groups[leaves.index[node]]] if leaves.labelled else []
             lines += [] if texts is None else textwrap.wrap(str(texts[node]), 60)
         else:
-            proxy = "" if tree.proxies[node] < 0 else f", proxy {tree.proxies[node]}"
+            proxy = "" if tree.proxies is None else f", proxy {tree.proxies[node]}"
             lines += [f"{tree.sizes[node]} leaves, height {tree.heights[node]:.3g}{proxy}"]
     shown = [[escape(line, quote=False) for line in lines] for lines in hover]
     icicle = {

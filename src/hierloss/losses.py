@@ -360,13 +360,21 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             return torch.cat([self._distances(self._points(chunk), ancestors, chunk) for chunk in rows])
 
     @torch.no_grad()
-    def hierarchy(self, embeddings: Tensor, labels: Tensor | None = None, *, per_class: bool = False) -> Hierarchy:
-        """The tree over embeddings whose inner nodes are the proxies of this loss: `Hierarchy.from_distances`.
+    def hierarchy(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        *,
+        per_class: bool = False,
+        linkage: str = "average",
+    ) -> Hierarchy:
+        """The tree of the embeddings, with the proxies of this loss as ancestors: `Hierarchy.from_embeddings`.
 
         Args:
             embeddings: shape ``(N, D)``, as they go into the loss; also of samples not trained on.
             labels: shape ``(N,)``; kept with the leaves.
             per_class: one leaf for each class instead of each embedding; needs labels.
+            linkage: ``"average"``, ``"complete"`` or ``"ward"``, of the embeddings by cosine similarity.
 
         Example:
             >>> hier = HIERLoss(num_proxies=64, embedding_size=16)
@@ -374,7 +382,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             >>> tree.num_leaves
             10
         """
-        return Hierarchy.from_distances(self.proxy_distances(embeddings), labels, per_class=per_class)
+        distances = self.proxy_distances(embeddings)
+        return Hierarchy.from_embeddings(
+            embeddings, labels, per_class=per_class, linkage=linkage, distances=distances
+        )
 
     @torch.no_grad()
     def init_proxies(self, embeddings: Tensor) -> None:

@@ -48,8 +48,8 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
         A number in (0, 1].
 
     Example:
-        >>> tree = Hierarchy([3, 3, 4, 4, -1], [0, 0, 0, 1, 2], [0, 0, 0, 0, 1])
-        >>> dendrogram_purity(tree, [1, 2, 1])
+        >>> linkage = [[0, 1, 1.0, 2], [2, 3, 2.0, 3]]
+        >>> dendrogram_purity(linkage, [1, 2, 1])
         0.6666666666666666
 
     Source: Heller, Ghahramani, "Bayesian Hierarchical Clustering" (ICML 2005), section 5, as an exact mean
@@ -58,6 +58,10 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
     tree = _tree(tree)
     classes, index = np.unique(_vector("labels", labels, tree.num_leaves), return_inverse=True)
     starts, stops = tree.spans.T
+    node = np.arange(tree.num_nodes)
+    for child in range(tree.root - 1, tree.num_leaves - 1, -1):
+        if tree.heights[child] == tree.heights[tree.parents[child]]:
+            node[child] = node[tree.parents[child]]
     total, pairs = 0.0, 0
     for chunk in np.array_split(np.arange(len(classes)), math.ceil(len(classes) * len(starts) / _CHUNK_CELLS)):
         member = index[tree.leaf_order, None] == chunk
@@ -65,7 +69,7 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
         counts = running[stops] - running[starts]
         met = counts * (counts - 1) // 2
         np.subtract.at(met, tree.parents[:-1], met[:-1].copy())  # pairs that meet at the node, not below it
-        total += float((met * (counts / tree.sizes[:, None])).sum())
+        total += float((met * (counts / tree.sizes[:, None])[node]).sum())
         pairs += int(met.sum())
     if pairs == 0:
         raise ValueError("labels must give some class two leaves or more, got a different label for each leaf")
@@ -85,8 +89,8 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
         One score for each level.
 
     Example:
-        >>> tree = Hierarchy([4, 4, 5, 5, 6, 6, -1], [0, 0, 0, 0, 1, 2, 3], [0] * 7)
-        >>> ami_per_level(tree, [[0, 7], [0, 7], [1, 7], [2, 7]])
+        >>> linkage = [[0, 1, 1.0, 2], [2, 3, 2.0, 2], [4, 5, 3.0, 4]]
+        >>> ami_per_level(linkage, [[0, 7], [0, 7], [1, 7], [2, 7]])
         [1.0, 1.0]
 
     Source: Vinh, Epps, Bailey, "Information theoretic measures for clusterings comparison" (JMLR 2010), by
@@ -192,7 +196,7 @@ def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float =
 
 def _tree(tree: Hierarchy | np.ndarray) -> Hierarchy:
     """The tree, converted from a linkage matrix if it is one."""
-    return tree if isinstance(tree, Hierarchy) else Hierarchy.from_linkage(tree)
+    return tree if isinstance(tree, Hierarchy) else Hierarchy(tree)
 
 
 def _vector(name: str, values: Any, count: int) -> np.ndarray:

@@ -108,7 +108,8 @@ def plot_disk(
 
     Sarkar's construction: every edge is a geodesic whose hyperbolic length (curvature -1) is in proportion to
     the difference of the two heights; the factor is written in the corner. Each node has an arc
-    of the boundary for its leaves. It lies on the way from its parent to the middle of the arc: no edges cross.
+    of the boundary for its leaves, and lies on the way from its parent to the middle of the arc, as seen from the
+    parent. Edges cross only where many nodes are at nearly the same height.
     A branch has the colour of the label of more than half of its leaves, grey if there is none.
 
     Args:
@@ -131,7 +132,7 @@ def plot_disk(
         ImportError, ValueError: no matplotlib; not one label, name or image for each leaf; no name for a label.
 
     Example:
-        >>> ax = plot_disk(Hierarchy.from_distances(torch.rand(20, 8)), labels=torch.arange(20) % 4)
+        >>> ax = plot_disk(Hierarchy.from_embeddings(torch.randn(20, 8)), labels=torch.arange(20) % 4)
 
     Source: Sarkar, "Low Distortion Delaunay Embedding of Trees in Hyperbolic Plane" (Graph Drawing 2011).
     """
@@ -200,17 +201,17 @@ def plot_dendrogram(tree: Hierarchy, *, max_leaves: int = 200, ax: "Axes | None"
         ImportError, ValueError: as `plot_disk`; no SciPy.
 
     Example:
-        >>> ax = plot_dendrogram(Hierarchy.from_distances(torch.rand(20, 8)), labels=torch.arange(20) % 4)
+        >>> ax = plot_dendrogram(Hierarchy.from_embeddings(torch.randn(20, 8)), labels=torch.arange(20) % 4)
 
     Source: ``scipy.cluster.hierarchy.dendrogram``.
     """
-    leaves, matrix, scipy = Leaves(tree, **look), tree.to_linkage(), _imported("scipy.cluster.hierarchy")
+    leaves, matrix, scipy = Leaves(tree, **look), tree.linkage, _imported("scipy.cluster.hierarchy")
     count = min(check_count("max_leaves", max_leaves, minimum=2), tree.num_leaves)
     if ax is None:
         ax = _new_axes(
             9, max(4.5, 1.5 + 0.03 * len(leaves.groups) + (_LINE / 72 if leaves.named else 0.05) * count)
         )
-    below = [np.array(cluster.pre_order()) for cluster in scipy.to_tree(matrix, rd=True)[1]]
+    below = [tree.leaf_order[start:stop] for start, stop in tree.spans]
     drawn = scipy.dendrogram(matrix, count, "lastp", orientation="left", no_labels=True, ax=ax,
                              link_color_func=lambda cluster: leaves.color(below[cluster]))  # fmt: skip
     members = [below[cluster] for cluster in drawn["leaves"]]
@@ -247,7 +248,7 @@ def write_html(
 
     Example:
         >>> import tempfile
-        >>> write_html(Hierarchy.from_distances(torch.rand(20, 8)), f"{tempfile.mkdtemp()}/tree.html")
+        >>> write_html(Hierarchy.from_embeddings(torch.randn(20, 8)), f"{tempfile.mkdtemp()}/tree.html")
     """
     if texts is not None and len(texts) != tree.num_leaves:
         raise ValueError(f"texts must be {tree.num_leaves}, one for each leaf, got {len(texts)}")
