@@ -1,15 +1,14 @@
 """Train HIER on handwritten digits, and look at the hierarchy it finds among images never seen.
 
 A small network learns the digits from half of scikit-learn's images, with flat labels. The tree over other images
-is then built from the learned proxies, scored by how well its subtrees separate the digits, beside trees of the
-same embeddings by other methods, and written as pictures and as a page to hover over and fold.
+is scored by how well its subtrees separate the digits, and written as pictures and as a page to hover over and
+fold. A tree of the pixels is scored for comparison.
 
-``--features FILE.npz`` draws the classes of other data instead, by average linkage of their mean features, without
-training: the file has ``features`` (N, D), ``label`` (N,) and superclasses (N,), whose name is ``--superclass``.
+``--features FILE.npz`` draws the classes of other data instead, by their mean features, without training: the file
+has ``features`` (N, D), ``label`` (N,) and superclasses (N,), whose name is ``--superclass``.
 """
 
 import argparse
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from PIL import Image
 from pytorch_metric_learning import losses
 from rich.console import Console
 from rich.table import Table
-from scipy.cluster.hierarchy import linkage
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -58,16 +56,8 @@ def main() -> None:
     labels = digits[chosen]
     tree = hier.hierarchy(embeddings, labels)
 
-    points = embeddings.numpy()
-    shuffled_hier = copy.deepcopy(hier)
-    with torch.no_grad():
-        shuffled_hier.proxies.copy_(hier.proxies[:, torch.randperm(EMBEDDING_SIZE)])
-    trees = {
-        "HIER, learned proxies": tree,
-        "HIER, proxies with coordinates shuffled": shuffled_hier.hierarchy(embeddings),
-        "average linkage of the embeddings": Hierarchy.from_linkage(linkage(points, "average")),
-        "Ward linkage of the embeddings": Hierarchy.from_linkage(linkage(points, "ward")),
-    }
+    trees = {f"HIER, {kind} linkage": hier.hierarchy(embeddings, linkage=kind) for kind in ("average", "ward")}
+    trees["pixels, average linkage"] = Hierarchy.from_embeddings(images[chosen].flatten(1))
     table = Table("tree", "dendrogram purity", "AMI of 10 groups", title=f"{len(labels)} images never seen")
     for name, other in trees.items():
         table.add_row(
@@ -87,17 +77,15 @@ def main() -> None:
 
 
 def draw_classes(data: Mapping[str, np.ndarray], superclass: str, folder: Path, name: str) -> None:
-    features = torch.nn.functional.normalize(torch.from_numpy(data["features"]).float()).numpy()
-    classes, first, index = np.unique(data["label"], return_index=True, return_inverse=True)
-    means = np.stack([features[index == row].mean(0) for row in range(len(classes))])
-    tree = Hierarchy.from_linkage(linkage(means, "average"))
-    names = [label.split(".")[-1].replace("_", " ") for label in classes.tolist()]
-    labels = data[superclass][first]
+    features, labels = torch.from_numpy(data["features"]).float(), data["label"]
+    tree = Hierarchy.from_embeddings(features, labels, per_class=True)
+    names = [label.split(".")[-1].replace("_", " ") for label in tree.leaf_labels.tolist()]
+    superclasses = data[superclass][np.unique(labels, return_index=True)[1]]
     for kind, plot in {"disk": plot_disk, "dendrogram": plot_dendrogram}.items():
-        plot(tree, labels=labels, names=names)
+        plot(tree, labels=superclasses, names=names)
         plt.savefig(folder / f"{name}-{kind}.png", dpi=90)
         Image.open(folder / f"{name}-{kind}.png").quantize().save(folder / f"{name}-{kind}.png")  # half the size
-    write_html(tree, folder / f"{name}.html", labels=labels, names=names, title=name)
+    write_html(tree, folder / f"{name}.html", labels=superclasses, names=names, title=name)
     print(f"Wrote {name}-disk.png, {name}-dendrogram.png and {name}.html to {folder}")
 
 

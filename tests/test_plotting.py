@@ -134,42 +134,26 @@ def crossings(segments):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_sarkar_edges_have_their_length_and_do_not_cross(seed):
+def test_disk_shows_heights_as_distances_from_the_middle_and_no_edges_cross(seed):
     tree = make_tree(24, seed)
-    points, scale = layout.sarkar(tree)
-    assert scale == pytest.approx(5 / tree.heights[-1])
-    assert points[-1] == 0
-    edges = []
-    for node, above in enumerate(tree.parents[:-1]):
-        length = disk_distance(points[node], points[above])
-        assert length == pytest.approx(scale * (tree.heights[above] - tree.heights[node]), abs=1e-9)
-        edge = layout.geodesic(points[above], points[node], 40)
-        assert edge[0] == points[above]
-        assert edge[-1] == pytest.approx(points[node])
-        steps = disk_distance(edge[1:], edge[:-1])
-        np.testing.assert_allclose(steps, length / 39, atol=1e-9)
-        edges.append(edge[1:-1])  # edges of one node do meet there
-    assert crossings(edges) == 0
-
-
-def test_sarkar_distances_are_about_those_of_the_tree():
-    tree = make_tree(30)
-    points, scale = layout.sarkar(tree)
-    pairs = list(itertools.combinations(range(30), 2))
-    through = [2 * scale * tree.heights[tree.lowest_common_ancestor(pair)] for pair in pairs]
-    drawn = [disk_distance(*points[[*pair]]) for pair in pairs]
-    shares = np.array(drawn) / through
-    assert shares.max() <= 1 + 1e-9  # the geodesic is the shortest way
-    assert shares.mean() > 0.62  # 0.56 if edges go to the middle of the arc as seen from the root
-    flat = [abs(points[a] - points[b]) for a, b in pairs]
-    assert np.corrcoef(drawn, through)[0, 1] > max(0.7, np.corrcoef(flat, through)[0, 1])
+    points, edges, scale = layout.on_disk(tree)
+    assert scale == pytest.approx(3 / tree.heights[-1])
+    np.testing.assert_allclose(disk_distance(points, 0), scale * (tree.heights[-1] - tree.heights), atol=1e-12)
+    leaves = np.angle(points[tree.leaf_order]) % (2 * math.pi)
+    np.testing.assert_allclose(leaves, 2 * math.pi * (np.arange(24) + 0.5) / 24)
+    for node, (edge, above) in enumerate(zip(edges, tree.parents[:-1], strict=True)):
+        np.testing.assert_allclose([edge[0], edge[-1]], [points[above], points[node]], atol=1e-12)
+        np.testing.assert_allclose(abs(edge[:-1]), abs(points[above]))  # along the circle of the parent
+        below = tree.spans[node].mean() * 2 * math.pi / 24
+        np.testing.assert_allclose(edge[-2:], abs(edge[-2:]) * np.exp(1j * below), atol=1e-12)
+    assert crossings([edge[1:] for edge in edges]) == 0  # edges of one node do meet there
 
 
 def test_disk_draws_each_leaf_in_its_colour():
     tree = make_tree(40)
     ax = plotting.plot_disk(tree, class_names=["a", "b", "c", "d"])
     inner, *groups = drawn_points(ax)
-    points, _ = layout.sarkar(tree)
+    points, *_ = layout.on_disk(tree)
     np.testing.assert_allclose(inner, np.stack([points.real, points.imag], 1)[40:])
     for label, group in enumerate(groups):
         np.testing.assert_allclose(group[:, 0], points[:40].real[tree.leaf_labels == label])

@@ -15,7 +15,7 @@ Names = Sequence[str] | Mapping[Any, str] | None
 COLORS = "4477AA EE6677 228833 CCBB44 66CCEE AA3377 EE7733 009988 9977CC AA7744"
 STYLES = [("#" + color, marker) for marker in "os^DvPX*" for color in COLORS.split()]
 GREY = "#8C8C8C"
-LEAF_DISTANCE = 5.0  # hyperbolic distance of leaves from the root, along the edges: 0.987 of the radius
+LEAF_DISTANCE = 3.0  # hyperbolic distance of leaves from the root: 0.905 of the radius
 
 
 class Leaves:
@@ -106,27 +106,15 @@ def prune(tree: Hierarchy, max_leaves: int) -> tuple[Hierarchy, list[np.ndarray]
     return Hierarchy(linkage), [tree.leaves(int(end)) for end in ends]
 
 
-def sarkar(tree: Hierarchy) -> tuple[np.ndarray, float]:
-    """Complex points of the unit disk for all nodes, and the hyperbolic length per unit of height."""
-    scale = LEAF_DISTANCE / float(tree.heights[-1]) if tree.heights[-1] > 0 else 1.0
-    arcs = np.exp(2j * math.pi * tree.spans / tree.num_leaves)
-    points = np.zeros(tree.num_nodes, complex)
-    for node, above in reversed(list(enumerate(tree.parents[:-1]))):
-        # With the parent moved to 0, where geodesics are straight, the edge goes to the middle of the node's arc.
-        start, stop = _move(arcs[node], -points[above])
-        toward = start * np.exp(0.5j * (np.angle(stop / start) % (2 * math.pi)))
-        length = scale * float(tree.heights[above] - tree.heights[node])
-        points[node] = _move(math.tanh(length / 2) * toward / abs(toward), points[above])
-    return points, scale
+def on_disk(tree: Hierarchy) -> tuple[np.ndarray, list[np.ndarray], float]:
+    """Points of the unit disk for all nodes, edges to their parents, and the hyperbolic length per unit of height.
 
-
-def geodesic(start: complex, stop: complex, count: int = 14) -> np.ndarray:
-    """Points along the geodesic of the unit disk, evenly spaced in hyperbolic length."""
-    step = _move(stop, -start)
-    reach = np.tanh(np.arctanh(min(abs(step), 1 - 1e-15)) * np.linspace(0, 1, count))
-    return np.asarray(_move(reach * (step / abs(step) if step else 0), start))
-
-
-def _move(points: Any, start: complex) -> Any:
-    """The isometry of the disk that takes 0 to ``start``."""
-    return (points + start) / (1 + np.conj(start) * points)
+    An edge goes along the circle of the parent to the angle of the node, then straight outwards: no edges cross.
+    """
+    scale = LEAF_DISTANCE / float(tree.heights[-1] or 1.0)
+    radii = np.tanh(scale * (tree.heights[-1] - tree.heights) / 2)
+    angles = 2 * math.pi * tree.spans.mean(1) / tree.num_leaves
+    points = radii * np.exp(1j * angles)
+    turns = np.linspace(angles[tree.parents[:-1]], angles[:-1], 20, axis=1)
+    arcs = radii[tree.parents[:-1], None] * np.exp(1j * turns)
+    return points, list(np.column_stack([arcs, points[:-1]])), scale

@@ -172,26 +172,31 @@ def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float =
     matrix = _square(distances)
     levels = _taxonomy(taxonomy, len(matrix))
     alpha = check_number("alpha", alpha, positive=False)
-    depth = levels.shape[1]
-    weights = (np.arange(depth + 1) / depth) ** alpha
-    weights[0] = 0
-    scores = []
-    for rows, order in _rankings(matrix):
-        shared = (levels[order] == levels[rows, None]).sum(2)
-        per_level = np.stack([(shared == level).sum(1) for level in range(depth + 1)], 1)
-        relevance = np.take_along_axis(weights / np.maximum(per_level, 1), shared, 1)
-        # min(rel(j), rel(k)) depends on the two levels alone: sum over j, level by level
-        gained = np.zeros_like(relevance)
-        for level in range(1, depth + 1):
-            of_level = weights[level] / np.maximum(per_level[:, level, None], 1)
-            gained += np.minimum(of_level, relevance) * (shared == level).cumsum(1)
-        total = relevance.sum(1)
-        precision = gained / np.arange(1, order.shape[1] + 1) * (relevance > 0)
-        scores.append(precision.sum(1)[total > 0] / total[total > 0])
-    found = np.concatenate(scores)
+    found = np.concatenate(
+        [average_precisions(levels[rows], levels[order], alpha) for rows, order in _rankings(matrix)]
+    )
     if not len(found):
         raise ValueError("taxonomy must give some sample another of its class, got none with anything relevant")
     return float(found.mean())
+
+
+def average_precisions(query: np.ndarray, ranked: np.ndarray, alpha: float = 1.0) -> np.ndarray:
+    """H-AP of each query of taxonomy ``(N, L)`` that has relevant samples in its ranking ``(N, M, L)``."""
+    depth = query.shape[1]
+    weights = (np.arange(depth + 1) / depth) ** alpha
+    weights[0] = 0
+    shared = (ranked == query[:, None]).sum(2)
+    per_level = np.stack([(shared == level).sum(1) for level in range(depth + 1)], 1)
+    relevance = np.take_along_axis(weights / np.maximum(per_level, 1), shared, 1)
+    # min(rel(j), rel(k)) depends on the two levels alone: sum over j, level by level
+    gained = np.zeros_like(relevance)
+    for level in range(1, depth + 1):
+        of_level = weights[level] / np.maximum(per_level[:, level, None], 1)
+        gained += np.minimum(of_level, relevance) * (shared == level).cumsum(1)
+    total = relevance.sum(1)
+    precision = gained / np.arange(1, ranked.shape[1] + 1) * (relevance > 0)
+    scores: np.ndarray = precision.sum(1)[total > 0] / total[total > 0]
+    return scores
 
 
 def _tree(tree: Hierarchy | np.ndarray) -> Hierarchy:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _page, poincare
 from ._checks import check_count, check_embeddings
-from ._layout import GREY, Leaves, Names, as_images, geodesic, grouped, prune, sarkar, style
+from ._layout import GREY, Leaves, Names, as_images, grouped, on_disk, prune, style
 from .distances import PoincareDistance
 from .hierarchy import Hierarchy
 
@@ -106,11 +106,10 @@ def plot_disk(
 ) -> "Axes":  # fmt: skip
     r"""Draw a hierarchy on the Poincaré disk, the root in the middle.
 
-    Sarkar's construction: every edge is a geodesic whose hyperbolic length (curvature -1) is in proportion to
-    the difference of the two heights; the factor is written in the corner. Each node has an arc
-    of the boundary for its leaves, and lies on the way from its parent to the middle of the arc, as seen from the
-    parent. Edges cross only where many nodes are at nearly the same height.
-    A branch has the colour of the label of more than half of its leaves, grey if there is none.
+    The hyperbolic distance of a node from the root (curvature -1) is proportional to the difference of their
+    heights; the factor is written in the corner. Leaves are evenly spaced. An edge goes along the circle of the
+    parent, and then straight outwards. A branch has the colour of the label of more than half of its leaves, grey
+    if there is none.
 
     Args:
         tree: what to draw.
@@ -133,24 +132,25 @@ def plot_disk(
 
     Example:
         >>> ax = plot_disk(Hierarchy.from_embeddings(torch.randn(20, 8)), labels=torch.arange(20) % 4)
-
-    Source: Sarkar, "Low Distortion Delaunay Embedding of Trees in Hyperbolic Plane" (Graph Drawing 2011).
     """
     leaves = Leaves(tree, labels, class_names, names)
     pictures = [] if images is None else as_images(images, tree.num_leaves)
     small, members = prune(tree, max_leaves)
-    points, scale = sarkar(small)
+    points, edges, scale = on_disk(small)
     count, width = len(members), max(7.5, 4.5 + 0.032 * len(members))  # inches: room for all names
     ax = _new_axes(width, width + 0.03 * len(leaves.groups)) if ax is None else ax
     from matplotlib.collections import LineCollection
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
     below = [np.concatenate([members[leaf] for leaf in small.leaves(node)]) for node in range(small.num_nodes)]
-    edges = [
-        np.transpose(_xy(geodesic(points[above], points[node]))) for node, above in enumerate(small.parents[:-1])
-    ]
     widths = [0.7 + 0.2 * math.log2(len(rows)) for rows in below]
-    ax.add_collection(LineCollection(edges, colors=[leaves.color(rows) for rows in below[:-1]], lw=widths))
+    ax.add_collection(
+        LineCollection(
+            [np.transpose(_xy(edge)) for edge in edges],
+            colors=[leaves.color(rows) for rows in below[:-1]],
+            lw=widths,
+        )
+    )
     ax.plot(*_xy(_CIRCLE), color=GREY, lw=0.8, zorder=0)
     ax.scatter(*_xy(points[count:]), s=4, color=GREY, zorder=2)
     ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
@@ -181,7 +181,7 @@ def plot_disk(
         ax.text(*_xy(at * (1.04 + 1.35 * side)), title, fontsize=_FONT, rotation=angle + 180 * left,
                 rotation_mode="anchor", va="center", ha="right" if left else "left")  # fmt: skip
     pruned = f"{tree.num_leaves} leaves in {count} branches" * (count < tree.num_leaves)
-    notes = filter(None, [notice, pruned, f"length of an edge =\n{scale:.3g} × difference of heights"])
+    notes = filter(None, [notice, pruned, f"distance from the root =\n{scale:.3g} × difference of height"])
     ax.text(0, 0, "\n".join(notes), fontsize=_FONT, color=GREY, transform=ax.transAxes)
     ax.set(xlim=(-half / unit, half / unit), ylim=(-half / unit, half / unit))
     return ax

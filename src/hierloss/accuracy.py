@@ -1,0 +1,126 @@
+"""Scores of retrieval against a known taxonomy, for PML's testers."""
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from torch import Tensor
+
+from .metrics import average_precisions
+
+__all__ = ["HierarchicalAccuracyCalculator"]
+
+
+class HierarchicalAccuracyCalculator(AccuracyCalculator):  # type: ignore[misc]
+    """PML's `AccuracyCalculator` with scores of the superclasses, for any ``knn_func``.
+
+    - ``superclass_precision_at_1``: share of queries whose nearest neighbour has the same superclass.
+    - ``superclass_precision_at_k``: share of the ``k`` nearest neighbours that have the same superclass.
+    - ``hierarchical_average_precision``: H-AP, see `metrics.hierarchical_average_precision`. It ranks all
+      references for every query, in ``O(NM)`` memory.
+
+    The superclass is that of the first level above the classes; H-AP uses all levels. Queries without a reference
+    of their superclass do not count.
+
+    Args:
+        taxonomy: superclass of each label: a mapping to one superclass, or to a sequence from fine to coarse; or a
+            text file with a line ``parent child`` for each edge of a tree whose leaves are the labels. Its root is
+            no superclass.
+        **kwargs: PML's options: ``include``, ``knn_func``, ``device``, and so on;
+            ``superclass_precision_at_k`` needs a number for ``k``.
+
+    Raises:
+        ValueError: a taxonomy without superclasses, or with different numbers of them; in use, a label that it
+            does not have.
+
+    Example:
+        >>> scores = ("superclass_precision_at_1", "hierarchical_average_precision")
+        >>> calculator = HierarchicalAccuracyCalculator({0: 7, 1: 7, 2: 8}, include=scores)
+        >>> points = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> calculator.get_accuracy(points, torch.tensor([0, 1, 2, 2]))
+        {'hierarchical_average_precision': 1.0, 'superclass_precision_at_1': 1.0}
+
+    Source: Ramzi et al., "Hierarchical Average Precision Training for Pertinent Image Retrieval" (ECCV 2022).
+    """
+
+    def __init__(self, taxonomy: Mapping[int, Any] | str | PathLike[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        given = taxonomy if isinstance(taxonomy, Mapping) else _read_edges(Path(taxonomy))
+        chains = [[*above] if isinstance(above, (list, tuple)) else [above] for above in given.values()]
+        depths = {len(chain) for chain in chains}
+        if len(depths) != 1 or depths == {0}:
+            raise ValueError(
+                "taxonomy must give every label the same number of superclasses, at least one, got "
+                + (" and ".join(map(str, sorted(depths))) or "no label")
+            )
+        numbered = [
+            np.unique(list(map(str, level)), return_inverse=True)[1] for level in zip(*chains, strict=True)
+        ]
+        labels = np.array([int(label) for label in given])
+        self._superclasses = dict(zip(labels.tolist(), np.stack([labels, *numbered], 1), strict=True))
+
+    def requires_knn(self) -> list[str]:
+        own = ["superclass_precision_at_1", "superclass_precision_at_k", "hierarchical_average_precision"]
+        return [*super().requires_knn(), *own]
+
+    def calculate_superclass_precision_at_1(self, knn_labels: Tensor, **arguments: Any) -> float:
+        return self.calculate_superclass_precision_at_k(knn_labels[:, :1], **arguments)
+
+    def calculate_superclass_precision_at_k(
+        self,
+        knn_labels: Tensor,
+        query_labels: Tensor,
+        reference_labels: Tensor,
+        ref_includes_query: bool,
+        **_: Any,
+    ) -> float:
+        found, own, other = (self._taxonomy(x)[..., 1] for x in (knn_labels, query_labels, reference_labels))
+        counted = (own[:, None] == other).sum(1) > ref_includes_query  # a query is among its own references
+        return float((found == own[:, None])[counted].mean()) if counted.any() else float("nan")
+
+    def calculate_hierarchical_average_precision(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        query_labels: Tensor,
+        reference_labels: Tensor,
+        ref_includes_query: bool,
+        **_: Any,
+    ) -> float:
+        nearest = self.knn_func(query, len(reference) - ref_includes_query, reference, ref_includes_query)[1]
+        own, other = self._taxonomy(query_labels), self._taxonomy(reference_labels)
+        rows = np.array_split(np.arange(len(own)), 1 + len(own) * len(other) // 2**22)
+        found = [average_precisions(own[chunk], other[nearest[chunk].cpu().numpy()]) for chunk in rows]
+        scores = np.concatenate(found)
+        return float(scores.mean()) if len(scores) else float("nan")
+
+    def _taxonomy(self, labels: Tensor) -> np.ndarray:
+        """Class and superclasses of labels ``(...)``, shape ``(..., L)``, from fine to coarse."""
+        values, index = np.unique(labels.cpu().numpy().astype(int), return_inverse=True)
+        if missing := [value for value in values.tolist() if value not in self._superclasses]:
+            raise ValueError(f"taxonomy must have a superclass for each label, got none for {missing[:5]}")
+        rows = np.stack([self._superclasses[value] for value in values.tolist()])
+        return rows[index.reshape(labels.shape)]
+
+
+def _read_edges(file: Path) -> dict[str, list[str]]:
+    """The nodes above each leaf, from fine to coarse, without the root."""
+    parents: dict[str, str] = {}
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if len(words := line.split()) not in (0, 2):
+            raise ValueError(f"{file}, line {number}: expected a parent and a child, got {line!r}")
+        if words and parents.setdefault(words[1], words[0]) != words[0]:
+            raise ValueError(
+                f"{file}, line {number}: {words[1]} has two parents, {parents[words[1]]} and {words[0]}"
+            )
+    above: dict[str, list[str]] = {}
+    for leaf in parents.keys() - set(parents.values()):
+        node, above[leaf] = leaf, []
+        while (node := parents[node]) in parents:
+            above[leaf].append(node)
+            if len(above[leaf]) > len(parents):
+                raise ValueError(f"{file}: the nodes above {leaf} form a cycle")
+    return above
