@@ -79,8 +79,9 @@ def main() -> None:
 def draw_classes(data: Mapping[str, np.ndarray], superclass: str, folder: Path, name: str) -> None:
     features, labels = torch.from_numpy(data["features"]).float(), data["label"]
     tree = Hierarchy.from_embeddings(features, labels, per_class=True)
-    names = [label.split(".")[-1].replace("_", " ") for label in tree.leaf_labels.tolist()]
-    superclasses = data[superclass][np.unique(labels, return_index=True)[1]]
+    classes, first = np.unique(labels, return_index=True)
+    names = [label.split(".")[-1].replace("_", " ") for label in classes.tolist()]
+    superclasses = data[superclass][first]
     for kind, plot in {"disk": plot_disk, "dendrogram": plot_dendrogram}.items():
         plot(tree, labels=superclasses, names=names)
         plt.savefig(folder / f"{name}-{kind}.png", dpi=90)

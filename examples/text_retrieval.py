@@ -3,27 +3,35 @@
 Texts have two levels of classes, written "COARSE:fine". Every other fine class is trained on, by its fine labels
 alone; retrieval among the rest is scored on fine and on coarse classes, before and after. Without arguments the
 texts are sentences made here, and the model is a small one without any pretraining, so that nothing is downloaded.
-With --model, any sentence-transformers model or its folder; with --data, a folder with trec_questions.npz, the
-questions of the TREC question classification data as arrays "text" and "label".
+With --model, any sentence-transformers model or its folder; with --data, trec_questions.npz, the questions of the
+TREC question classification data as arrays "text" and "label", or clinc150.json, the questions of CLINC150.
 """
 
 import argparse
+import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from pytorch_metric_learning import losses
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 from rich.console import Console
 from rich.table import Table
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
 from hierloss import HIERLoss
+from hierloss.sentence_transformers import PMLLoss, SaveLoss
 
 METRICS = {"precision_at_1": "R@1", "mean_average_precision_at_r": "MAP@R"}
 SENTENCES = {  # coarse class: sentences, and for each fine class what is put into them
@@ -69,7 +77,9 @@ SENTENCES = {  # coarse class: sentences, and for each fine class what is put in
 def main() -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", help="a sentence-transformers model or its folder; if not given, one made here")
-    parser.add_argument("--data", type=Path, help="folder with trec_questions.npz; if not given, texts made here")
+    parser.add_argument(
+        "--data", type=Path, help="trec_questions.npz or clinc150.json; if not given, texts made here"
+    )
     parser.add_argument("--epochs", type=int, default=100, help="passes over the training set")
     parser.add_argument("--lr", type=float, help="of the model; if not given, 2e-5 with --model, 1e-2 without")
     parser.add_argument("--gradient-ratio", type=float, default=0.3, help="gradient of HIER over the base loss's")
@@ -77,16 +87,16 @@ def main() -> dict[str, dict[str, float]]:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    texts, labels = made_here() if args.data is None else trec(args.data)
+    texts, labels = made_here() if args.data is None else load(args.data)
     fine_names, fine = np.unique(labels, return_inverse=True)
     coarse = np.unique([label.split(":")[0] for label in labels], return_inverse=True)[1]
     seen = fine % 2 == 0
-    model = untrained(texts) if args.model is None else pretrained(args.model)
+    model = untrained(texts) if args.model is None else SentenceTransformer(args.model)
     unseen_levels = {"fine": torch.from_numpy(fine[~seen]), "coarse": torch.from_numpy(coarse[~seen])}
 
     scores = {"before": retrieve(model, texts[~seen], unseen_levels)}
     lr = args.lr or (1e-2 if args.model is None else 2e-5)
-    train(model, texts[seen], torch.from_numpy(fine[seen] // 2), args.epochs, lr, args.gradient_ratio)
+    train(model, texts[seen], fine[seen] // 2, args.epochs, lr, args.gradient_ratio)
     scores["after"] = retrieve(model, texts[~seen], unseen_levels)
 
     title = f"{(~seen).sum()} texts of {len(fine_names) // 2} classes not trained on, in %"
@@ -98,25 +108,28 @@ def main() -> dict[str, dict[str, float]]:
 
 
 def train(
-    model: SentenceTransformer, texts: np.ndarray, labels: torch.Tensor, epochs: int, lr: float, ratio: float
+    model: SentenceTransformer, texts: np.ndarray, labels: np.ndarray, epochs: int, lr: float, ratio: float
 ) -> None:
     size = model.get_embedding_dimension()
     base = losses.ProxyAnchorLoss(num_classes=int(labels.max()) + 1, embedding_size=size)
+    hier = HIERLoss(num_proxies=64, embedding_size=size, gradient_ratio=ratio)
     # The line that adds HIER.
-    loss_func = losses.MultipleLosses([base, HIERLoss(num_proxies=64, gradient_ratio=ratio)]).to(model.device)
-    optimizer = torch.optim.AdamW(
-        [{"params": model.parameters(), "lr": lr}, {"params": loss_func.parameters(), "lr": 1e-2}]
-    )
-    for _ in tqdm(range(epochs), unit="epoch"):
-        model.train()
-        for batch in torch.randperm(len(texts)).split(64):
-            features = model.preprocess(texts[batch].tolist())
-            features = {name: value.to(model.device) for name, value in features.items() if torch.is_tensor(value)}
-            optimizer.zero_grad()
-            # `model.encode` has no gradient; a call of the model has one.
-            embeddings = model(features)["sentence_embedding"]
-            loss_func(embeddings, labels[batch].to(model.device)).backward()
-            optimizer.step()
+    loss = PMLLoss(model, losses.MultipleLosses([base, hier]))
+    with tempfile.TemporaryDirectory() as folder:
+        args = SentenceTransformerTrainingArguments(
+            output_dir=folder,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=64,
+            batch_sampler=BatchSamplers.GROUP_BY_LABEL,
+            learning_rate=lr,
+            learning_rate_mapping={"proxies": 1e-2},  # class proxies and hierarchical proxies
+            lr_scheduler_type="constant",
+            save_strategy="no",
+            report_to="none",
+        )
+        data = Dataset.from_dict({"text": texts.tolist(), "label": labels.tolist()})
+        # SaveLoss saves the proxies where the trainer saves checkpoints.
+        SentenceTransformerTrainer(model, args, data, loss=loss, callbacks=[SaveLoss(loss)]).train()
 
 
 def retrieve(model: SentenceTransformer, texts: np.ndarray, levels: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -128,13 +141,6 @@ def retrieve(model: SentenceTransformer, texts: np.ndarray, levels: dict[str, to
         accuracy = calculator.get_accuracy(embeddings, labels)
         scores |= {f"{name} {level}": 100 * float(accuracy[key]) for key, name in METRICS.items()}
     return scores
-
-
-def pretrained(path: str) -> SentenceTransformer:
-    # Many models end with a layer that scales all embeddings to norm 1. HIER reads the norm as depth in the
-    # hierarchy, so it is left out; cosine similarities do not change.
-    modules = [module for module in SentenceTransformer(path) if not isinstance(module, Normalize)]
-    return SentenceTransformer(modules=modules)
 
 
 def untrained(texts: np.ndarray) -> SentenceTransformer:
@@ -157,9 +163,13 @@ def made_here() -> tuple[np.ndarray, np.ndarray]:
     return texts, labels
 
 
-def trec(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(folder / "trec_questions.npz") as arrays:
-        return arrays["text"], arrays["label"]
+def load(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    if file.suffix == ".npz":
+        with np.load(file) as arrays:
+            return arrays["text"], arrays["label"]
+    content = json.loads(file.read_text())
+    rows = [(text, f"{content['domain'][intent]}:{intent}") for text, intent in content["test"]]
+    return np.array([text for text, _ in rows]), np.array([label for _, label in rows])
 
 
 if __name__ == "__main__":

