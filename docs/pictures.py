@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def room() -> Figure:
-    """A regular tree of 2^6 leaves: on the disk all of its edges are equally long."""
+    """A regular tree of 2^6 leaves, whose levels are evenly spaced."""
     matrix, first = [], 0
     for level in range(6):
         width = 2 ** (6 - level)
