@@ -7,7 +7,8 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils.inference import CustomKNN
 
-from hierloss import HierarchicalAccuracyCalculator, PoincareDistance, PoincareKNN, metrics
+from hierloss import PoincareDistance, PoincareKNN, metrics
+from hierloss.accuracy import HierarchicalAccuracyCalculator
 
 SCORES = ("superclass_precision_at_1", "superclass_precision_at_k", "hierarchical_average_precision")
 TAXONOMY = {label: (label // 3, label // 6) for label in range(12)}

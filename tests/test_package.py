@@ -2,6 +2,7 @@
 
 import ast
 import json
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -165,3 +166,8 @@ def test_a_training_step_in_an_empty_environment(installed):
         "HIERLoss(num_proxies=32)(embeddings, torch.arange(64) // 4).backward()\n"
         "assert embeddings.grad.abs().sum() > 0",
     )
+
+
+def test_every_public_name_as_a_user_calls_it():
+    """The types of the same file are checked by mypy."""
+    runpy.run_path(str(ROOT / "tests" / "typed_user.py"))

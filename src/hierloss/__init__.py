@@ -1,7 +1,6 @@
 """HIER, hierarchical regularization on the Poincaré ball, for pytorch-metric-learning."""
 
 from . import functional, metrics, poincare
-from .accuracy import HierarchicalAccuracyCalculator
 from .distances import PoincareDistance
 from .hierarchy import Hierarchy
 from .losses import HIERLoss
@@ -14,7 +13,6 @@ __version__ = "0.1.0"
 __all__ = [
     "FromPoincare",
     "HIERLoss",
-    "HierarchicalAccuracyCalculator",
     "Hierarchy",
     "PoincareDistance",
     "PoincareKNN",

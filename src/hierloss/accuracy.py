@@ -1,4 +1,4 @@
-"""Scores of retrieval against a known taxonomy, for PML's testers."""
+"""Scores of retrieval against a known taxonomy, for PML's testers. Not in ``import hierloss``: it loads slowly."""
 
 from collections.abc import Mapping
 from os import PathLike
