@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import re
 import string
 import textwrap
 from html import escape
@@ -34,7 +35,9 @@ def render(tree: Hierarchy, leaves: Leaves, texts: Any, title: str, svg: str, pl
     }  # fmt: skip
     layout = {"margin": {"l": 0, "r": 0, "t": 24, "b": 0}, "paper_bgcolor": "rgba(0,0,0,0)"}
     config = {"responsive": True, "displayModeBar": False}
-    disk = json.dumps(svg[svg.index("<svg") :])
+    # Two decimals of a point are enough for a path, and half the size.
+    short = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)
+    disk = json.dumps(short[short.index("<svg") :])
     tree_plot = json.dumps({"data": [icicle], "layout": layout, "config": config})
     script = f"disk.innerHTML = {disk};\n{plotly}\nPlotly.newPlot('tree', {tree_plot})"
     packed = gzip.compress(script.encode(), mtime=0)
