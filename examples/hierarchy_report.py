@@ -80,7 +80,7 @@ def draw_classes(data: Mapping[str, np.ndarray], superclass: str, folder: Path, 
     features, labels = torch.from_numpy(data["features"]).float(), data["label"]
     tree = Hierarchy.from_embeddings(features, labels, per_class=True)
     classes, first = np.unique(labels, return_index=True)
-    names = [label.split(".")[-1].replace("_", " ") for label in classes.tolist()]
+    names = [str(label).split(".")[-1].replace("_", " ") for label in classes.tolist()]
     superclasses = data[superclass][first]
     for kind, plot in {"disk": plot_disk, "dendrogram": plot_dendrogram}.items():
         plot(tree, labels=superclasses, names=names)

@@ -31,7 +31,7 @@ from sentence_transformers.sentence_transformer.training_args import BatchSample
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from hierloss import HIERLoss
-from hierloss.sentence_transformers import PMLLoss, SaveLoss
+from hierloss.sentence_transformers import PMLLoss
 
 METRICS = {"precision_at_1": "R@1", "mean_average_precision_at_r": "MAP@R"}
 SENTENCES = {  # coarse class: sentences, and for each fine class what is put into them
@@ -128,8 +128,8 @@ def train(
             report_to="none",
         )
         data = Dataset.from_dict({"text": texts.tolist(), "label": labels.tolist()})
-        # SaveLoss saves the proxies where the trainer saves checkpoints.
-        SentenceTransformerTrainer(model, args, data, loss=loss, callbacks=[SaveLoss(loss)]).train()
+        # With checkpoints, callbacks=[SaveLossCallback(loss)] saves the proxies too.
+        SentenceTransformerTrainer(model, args, data, loss=loss).train()
 
 
 def retrieve(model: SentenceTransformer, texts: np.ndarray, levels: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The tree: against a brute-force transcription, and read back by independent readers."""
 
+import copy
 import io
 import itertools
 import json
@@ -147,7 +148,7 @@ def test_place_goes_up_from_the_nearest_leaf_to_a_node_as_high_as_the_distance(t
     assert placed.tolist() == [3, 5, 5, 8, 8, 8]
     large, embeddings, _ = random_tree(50, 5)
     unit = torch.nn.functional.normalize(embeddings.double())
-    assert large.place((1 - unit @ unit.T).clamp_min(0).fill_diagonal_(0)).tolist() == list(range(50))
+    assert large.place((1 - unit @ unit.T).float()).tolist() == list(range(50))  # 0 but for rounding
 
 
 def test_immutable(tree):
@@ -189,6 +190,9 @@ def test_networkx(tree):
     assert graph.edges[8, 6]["length"] == 4.0
     assert networkx.shortest_path_length(graph, 8, 3, weight="length") == 5.0
     assert set(Hierarchy(tree.linkage).to_networkx().nodes[8]) == {"height"}
+    objects = Hierarchy(tree.linkage, np.array([*"abcde"], object))
+    assert objects.to_networkx().nodes[1]["label"] == "b"
+    assert objects.to_newick(range(5)) == Hierarchy(tree.linkage).to_newick()
 
 
 def test_newick_is_read_by_biopython():
@@ -262,6 +266,8 @@ def test_bad_input(embeddings, kwargs, error, message):
     [
         ([[[0, 1, 1.0, 2], [0, 2, 2.0, 2]]], "[Ll]inkage .* more than once"),
         ([[[0, 1, 2.0, 2], [2, 3, 1.0, 3]]], "do not decrease"),
+        ([[[0, 1, np.nan, 2]]], "finite heights"),
+        ([[[0, 1, 1.0, 2], [2, 3, 2.0, 2]]], "the number of leaves of each inner node"),
         ([np.zeros((0, 4))], "[Ll]inkage"),
         ([[[0, 1, 1.0, 2]], [1, 2, 3]], r"leaf_labels must have shape \(2,\), got shape \(3,\)"),
         ([[[0, 1, 1.0, 2]], None, [1, 2]], r"proxies must have shape \(3,\), got shape \(2,\)"),
@@ -301,8 +307,8 @@ def test_import_needs_no_optional_package():
 # --- the whole way: from a known tree, through training, and back -------------------------------------------
 
 
-def trained_tree(start, seed, gradient_ratio=None):
-    """Train a small network on flat labels; the tree of its classes, and the upper levels of each class."""
+def trained_tree(seed):
+    """Train a small network on flat labels; the tree of its classes, their upper levels, and the first proxies."""
     features, taxonomy = sample_tree(torch.Generator().manual_seed(seed))
     labels = taxonomy[:, 0]
     upper = torch.stack([taxonomy[labels == label][0, 1:] for label in range(36)])
@@ -312,18 +318,15 @@ def trained_tree(start, seed, gradient_ratio=None):
     norm = torch.nn.LayerNorm(128, elementwise_affine=False)
     model = torch.nn.Sequential(torch.nn.Linear(32, 128), torch.nn.ReLU(), norm, head)
     base = losses.ProxyAnchorLoss(36, 32)
-    miner = ReciprocalNeighborMiner(triplets_per_anchor=10)
-    hier = HIERLoss(256, 32, miner=miner, gradient_ratio=gradient_ratio)
+    hier = HIERLoss(256, 32, miner=ReciprocalNeighborMiner(triplets_per_anchor=10))
+    first = copy.deepcopy(hier)
     optimizer = torch.optim.Adam(
         [
             {"params": model.parameters(), "lr": 1e-4},
             {"params": [*base.parameters(), *hier.parameters()], "lr": 3e-3},
         ]
     )
-    for step in range(150):
-        if start == "data" and step == 50:
-            with torch.no_grad():
-                hier.init_proxies(model(features))
+    for _ in range(150):
         rows = torch.randint(len(features), (90,))
         embeddings = model(features[rows])
         loss = base(embeddings, labels[rows]) + hier(embeddings, labels[rows])
@@ -331,17 +334,17 @@ def trained_tree(start, seed, gradient_ratio=None):
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        tree = hier.hierarchy(model(features), labels, per_class=True)
-    return tree, upper
+        trees = [loss.hierarchy(model(features), labels, per_class=True) for loss in (hier, first)]
+    return *trees, upper
 
 
-OTHER_ROUNDING = pytest.mark.skipif(torch.__version__ < "2.4", reason="with torch 2.3 this seed ends at 0.944")
-
-
-@pytest.mark.parametrize("seed", [pytest.param(100, marks=OTHER_ROUNDING), 101, 102])
-def test_training_recovers_a_known_tree(seed):
-    tree, upper = trained_tree("data", seed)
+@pytest.mark.parametrize("seed", range(3))
+def test_training_recovers_a_known_tree_and_moves_the_proxies_to_its_nodes(seed):
+    tree, with_first_proxies, upper = trained_tree(seed)
     assert [dendrogram_purity(tree, level) >= 0.95 for level in upper.T] == [True, True]
+    inner = slice(tree.num_leaves, None)
+    # 0.93 to 0.95; exactly 1 if HIER does not move the proxies
+    assert tree.radii[inner].mean() < 0.97 * with_first_proxies.radii[inner].mean()
 
 
 # --- methods of the loss ------------------------------------------------------------------------------------

@@ -184,6 +184,22 @@ def test_class_leaves_are_named_and_coloured_by_superclass():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["even", "odd"]
 
 
+def test_leaves_coloured_by_superclass_keep_their_own_labels_as_names():
+    tree = Hierarchy(make_tree(12).linkage, np.arange(12) * 2)
+    for plot in DRAW.values():
+        ax = plot(tree, labels=torch.arange(12) % 2)
+        ax.figure.draw_without_rendering()
+        assert "22" in {text.get_text() for text in [*ax.texts, *ax.get_yticklabels()]}
+
+
+@pytest.mark.parametrize("heights", [[1.0], [1.0, 1.0]])
+def test_dendrogram_of_one_height_has_room(heights):
+    matrix = [[0, 1, heights[0], 2], [2, 3, heights[-1], 3]][: len(heights)]
+    left, right = plotting.plot_dendrogram(Hierarchy(matrix)).get_xlim()
+    assert left > 1
+    assert right == 0
+
+
 def written(ax):
     """All texts at the leaves, and the notices."""
     return [text.get_text() for text in [*ax.texts, *ax.get_yticklabels()]]

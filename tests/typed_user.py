@@ -19,7 +19,7 @@ from hierloss import (
     metrics,
     poincare,
 )
-from hierloss.accuracy import HierarchicalAccuracyCalculator
+from hierloss.accuracy_calculator import HierarchicalAccuracyCalculator
 from hierloss.gradient_ratio import hold_gradient_ratio
 from hierloss.plotting import plot_dendrogram, plot_disk, plot_embeddings, write_html
 

@@ -23,10 +23,11 @@ class Leaves:
 
     def __init__(self, tree: Hierarchy, labels: Any = None, class_names: Any = None, names: Any = None) -> None:
         own, count = tree.leaf_labels, tree.num_leaves
-        if labels is None and own is not None and len(np.unique(own)) < count:
+        repeated = own is not None and len(np.unique(own)) < count
+        if labels is None and repeated:
             labels = own
-        elif labels is None and names is None and own is not None:
-            groups, index = grouped(own, count, class_names, "leaf")
+        elif names is None and own is not None and not repeated:
+            groups, index = grouped(own, count, class_names if labels is None else None, "leaf")
             names = [groups[group] for group in index]
         if names is not None and len(names) != count:
             raise ValueError(f"names must be {count}, one for each leaf, got {len(names)}")

@@ -14,7 +14,7 @@ from .hierarchy import Hierarchy
 
 
 def render(tree: Hierarchy, leaves: Leaves, texts: Any, title: str, svg: str, plotly: str) -> str:
-    """The page. User text is escaped twice in the icicle plot, because plotly interprets some HTML in texts."""
+    """The page. User text in the icicle plot is escaped, because plotly interprets some HTML in texts."""
     below = [tree.leaf_order[start:stop] for start, stop in tree.spans]
     hover = [[leaves.title(rows)] for rows in below]
     for node, lines in enumerate(hover):

@@ -30,6 +30,10 @@ _MAX_LEAVES = 20_000
 """A tree of more embeddings raises an error: the distances of all pairs, and a copy, would take over 3 GB."""
 
 
+_ROUNDING = 1e-6
+"""Largest error of a cosine distance in float32."""
+
+
 @dataclass(frozen=True, eq=False)
 class Hierarchy:
     r"""A tree over samples or classes, whose inner nodes have proxies as ancestors.
@@ -63,9 +67,13 @@ class Hierarchy:
         from scipy.cluster.hierarchy import is_valid_linkage
 
         is_valid_linkage(matrix := np.array(self.linkage, np.float64), throw=True, name="linkage")
-        if (np.diff(matrix[:, 2]) < 0).any():
-            raise ValueError("linkage must have heights that do not decrease; use average, complete or Ward")
+        if not np.isfinite(matrix).all() or (np.diff(matrix[:, 2]) < 0).any():
+            raise ValueError(
+                "linkage must have finite heights that do not decrease; use average, complete or Ward"
+            )
         object.__setattr__(self, "linkage", _read_only(matrix))
+        if (self.sizes[self._merges].sum(1) != matrix[:, 3]).any():
+            raise ValueError("linkage must have the number of leaves of each inner node in its last column")
         sizes = {"leaf_labels": self.num_leaves, "proxies": self.num_nodes, "radii": self.num_nodes}
         for name, size in sizes.items():
             if (given := getattr(self, name)) is not None:
@@ -100,13 +108,13 @@ class Hierarchy:
     ) -> "Hierarchy":
         r"""Agglomerative clustering of embeddings, or of classes, by cosine similarity.
 
-        Embeddings are scaled to norm 1. Memory is ``16 N^2`` bytes, 1.6 GB for 10,000 leaves.
+        Embeddings are scaled to norm 1. Memory is ``8 N^2`` bytes, 0.8 GB for 10,000 leaves.
 
         Args:
             embeddings: shape ``(N, D)``; Euclidean features, or points on the ball: directions are the same.
             labels: label of each sample, shape ``(N,)``, tensor or array; kept as ``leaf_labels``.
             per_class: ``True`` makes one leaf of each class, in the order of ``numpy.unique(labels)``: the mean of
-                its scaled embeddings, scaled to norm 1; and the mean of its distances.
+                its scaled embeddings, scaled to norm 1. Its distance from a proxy is the mean over its samples.
             linkage: ``"average"`` or ``"complete"``: heights are the mean or largest cosine distance ``1 - cos``
                 between the leaves of the two children; ``"ward"``: as in SciPy.
             distances: of the samples from proxies, shape ``(N, P)``: ``HIERLoss.proxy_distances(embeddings)``.
@@ -148,8 +156,10 @@ class Hierarchy:
                 "per_class=True for a tree of classes, or take a random subsample"
             )
         gaps = pdist(unit.numpy())
-        matrix = hierarchy.linkage(gaps if linkage == "ward" else gaps**2 / 2, linkage)  # |x - y|^2 / 2 = 1 - cos
-        return cls.from_linkage(matrix, values, distances)
+        if linkage != "ward":
+            gaps *= gaps  # in place, because there are many
+            gaps /= 2  # |x - y|^2 / 2 = 1 - cos
+        return cls.from_linkage(hierarchy.linkage(gaps, linkage), values, distances)
 
     @classmethod
     def from_linkage(
@@ -291,9 +301,10 @@ class Hierarchy:
         return numbered
 
     def place(self, distances: Any) -> np.ndarray:
-        """Where ``M`` new samples belong: the lowest node above the nearest leaf that is as high as its distance.
+        """Where ``M`` new samples belong.
 
-        A sample is put at the root if it is farther from all leaves than the root is high.
+        From the nearest leaf, go up until the height of the node is at least the distance between the sample and
+        that leaf, up to rounding in float32. The root is the last node.
 
         Args:
             distances: of the new samples from the leaves, shape ``(M, num_leaves)``, in the unit of the heights:
@@ -310,7 +321,7 @@ class Hierarchy:
             raise ValueError(f"distances must have shape {expected}, got shape {gaps.shape}")
         nodes: np.ndarray = gaps.argmin(1)
         nearest = gaps.min(1)
-        while (low := (self.heights[nodes] < nearest) & (nodes < self.root)).any():
+        while (low := (self.heights[nodes] + _ROUNDING < nearest) & (nodes < self.root)).any():
             nodes = np.where(low, self.parents[nodes], nodes)
         return nodes
 
@@ -328,7 +339,9 @@ class Hierarchy:
         attributes = {"height": self.heights, "proxy": self.proxies, "radius": self.radii}
         attributes["label"] = self.leaf_labels
         for node in range(self.root, -1, -1):
-            found = {k: v[node].item() for k, v in attributes.items() if v is not None and node < len(v)}
+            found = {
+                k: np.asarray(v[node]).tolist() for k, v in attributes.items() if v is not None and node < len(v)
+            }
             graph.add_node(node, **found)
             if node < self.root:
                 above = int(self.parents[node])
@@ -348,7 +361,7 @@ class Hierarchy:
                 names = [str(leaf) for leaf in range(self.num_leaves)]
         elif len(names) != self.num_leaves:
             raise ValueError(f"names must be {self.num_leaves}, one for each leaf, got {len(names)}")
-        parts = [name if name.isdecimal() else "'" + str(name).replace("'", "''") + "'" for name in names]
+        parts = [name if name.isdecimal() else "'" + name.replace("'", "''") + "'" for name in map(str, names)]
         for node, children in enumerate(self._merges.tolist(), self.num_leaves):
             lengths = (float(self.heights[node] - self.heights[child]) for child in children)
             below = ",".join(f"{parts[child]}:{length!r}" for child, length in zip(children, lengths, strict=True))

@@ -38,7 +38,7 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
         \frac{|\mathrm{lvs}(\mathrm{lca}(i, j)) \cap C(i)|}{|\mathrm{lvs}(\mathrm{lca}(i, j))|}
 
     over all pairs ``W`` of leaves of one class: 1 if and only if every class is a subtree. Exact, in time
-    ``O(N * classes)``. Merges of a linkage matrix at the same height, one below the other, count as one node.
+    ``O(N * classes)``. Nested merges at equal height count as one node.
 
     Args:
         tree: over ``N`` leaves.

@@ -107,17 +107,17 @@ def plot_disk(
     r"""Draw a hierarchy on the Poincaré disk, the root in the middle.
 
     The hyperbolic distance of a node from the root (curvature -1) is proportional to the difference of their
-    heights; the factor is written in the corner. Leaves are evenly spaced. An edge goes along the circle of the
-    parent, and then straight outwards. A branch has the colour of the label of more than half of its leaves, grey
-    if there is none.
+    heights; the factor is written in the corner. A branch that is drawn as one leaf is at height 0. Leaves are
+    evenly spaced. An edge goes along the circle of the parent, and then straight outwards. A branch has the colour
+    of the label of more than half of its leaves, grey if there is none.
 
     Args:
         tree: what to draw.
         labels: of each leaf, for the colours; default ``tree.leaf_labels``, unless all are different. For a
             tree of classes, give their superclasses.
         class_names: the name of each label.
-        names: of each leaf; default the leaf labels, if all are different. If there is no room for all, every
-            second, third, ... is written, and a notice says so.
+        names: of each leaf; default the leaf labels, if all are different. If there is too little room, only every
+            n-th name is drawn, and a notice says so.
         images: of each leaf, ``(N, H, W)`` or ``(N, H, W, channels)``, or a list of such; tensors of four
             dimensions are ``(N, channels, H, W)``, as torch has them.
         max_leaves: if there are more, each of the lowest branches is drawn as one leaf, whose size grows with
@@ -215,11 +215,12 @@ def plot_dendrogram(tree: Hierarchy, *, max_leaves: int = 200, ax: "Axes | None"
     drawn = scipy.dendrogram(matrix, count, "lastp", orientation="left", no_labels=True, ax=ax,
                              link_color_func=lambda cluster: leaves.color(below[cluster]))  # fmt: skip
     members = [below[cluster] for cluster in drawn["leaves"]]
-    end = max(0.0, 1.1 * matrix[-count + 1, 2] - 0.1 * matrix[-1, 2])
+    low, high = matrix[-count + 1, 2], matrix[-1, 2]
+    end = max(0.0, 1.1 * low - 0.1 * high) if low < high else 0.0
     xy = np.stack([np.full(count, end), 5 + 10 * np.arange(count)], 1)
     _draw_leaves(ax, xy, members, leaves, above=True)
     titles, notice = _titles(leaves, members, range(count), _size(ax)[1])
-    ax.set(xlabel="height", xlim=(1.02 * matrix[-1, 2] - 0.02 * end, end))
+    ax.set(xlabel="height", xlim=(1.02 * high - 0.02 * end, end))
     ax.set_yticks(xy[:, 1], titles)
     ax.tick_params(axis="y", left=False, labelleft=False, labelright=True, pad=6, labelsize=_FONT)
     ax.spines[["top", "left", "right"]].set_visible(False)

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from .losses import HIERLoss
 
-__all__ = ["PMLLoss", "SaveLoss"]
+__all__ = ["PMLLoss", "SaveLossCallback"]
 
 _RAW = "embedding_before_normalization"
 _FILE = "loss.pt"
@@ -29,13 +29,12 @@ class PMLLoss(nn.Module):
     ``BatchSamplers.GROUP_BY_LABEL``, which puts several texts of a label into a batch.
 
     The trainer's optimizer gets the parameters of the loss too. ``learning_rate_mapping={"proxies": 1e-2}`` in the
-    training arguments gives proxies a learning rate of their own. `SaveLoss` saves them with each checkpoint.
+    training arguments gives proxies a learning rate of their own. `SaveLossCallback` saves them with checkpoints.
 
     Args:
         model: the model to train.
         loss_func: a loss of PML, `MultipleLosses` for instance.
-        frozen_neighbors: whether each `HIERLoss` finds neighbours among the embeddings of ``model`` as it is now.
-            A copy of the model is kept for it.
+        frozen_neighbors: if ``True``, each `HIERLoss` finds neighbours by a frozen copy of ``model`` as it is now.
 
     Raises:
         TypeError, ValueError: an argument that is not as described; no labels, or texts in several columns.
@@ -45,7 +44,7 @@ class PMLLoss(nn.Module):
 
         base = losses.ProxyAnchorLoss(num_classes=150, embedding_size=384)
         loss = PMLLoss(model, losses.MultipleLosses([base, HIERLoss(embedding_size=384)]))
-        trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss, callbacks=[SaveLoss(loss)])
+        trainer = SentenceTransformerTrainer(model, args, dataset, loss=loss, callbacks=[SaveLossCallback(loss)])
 
     Source: https://sbert.net/docs/sentence_transformer/training_overview.html for what a loss is called with.
     """
@@ -91,21 +90,24 @@ class PMLLoss(nn.Module):
         with ExitStack() as stack:
             for frozen in self._frozen:
                 with torch.no_grad():
-                    neighbors = _embed(frozen.to(embeddings.device), features)
+                    neighbors = frozen.to(embeddings.device)(features)["sentence_embedding"]
                 for part in self._hier:
                     stack.enter_context(part.neighbors_from(neighbors))
             loss: Tensor = self.loss_func(embeddings, labels.view(-1))
             return loss
 
 
-class SaveLoss(TrainerCallback):  # type: ignore[misc]
-    """Saves the state of a loss with each checkpoint of a trainer, and loads it when the training is resumed.
+class SaveLossCallback(TrainerCallback):  # type: ignore[misc]
+    """Saves the proxies of a loss as loss.pt with each checkpoint, and loads them when the training is resumed.
+
+    The checkpoint must be in the output folder of the training arguments. A trainer that loads the best model at
+    the end does not load its proxies: ``loss.loss_func.load_state_dict(torch.load(".../loss.pt"))`` does.
 
     Args:
         loss: a `PMLLoss`; its model is left out, because the trainer saves it.
 
     Raises:
-        FileNotFoundError: a training is resumed from a checkpoint that was written without this callback.
+        FileNotFoundError: the output folder has no such checkpoint, or it was written without this callback.
     """
 
     def __init__(self, loss: PMLLoss) -> None:

@@ -8,7 +8,7 @@ from pytorch_metric_learning.testers import GlobalEmbeddingSpaceTester
 from pytorch_metric_learning.utils.inference import CustomKNN
 
 from hierloss import PoincareDistance, PoincareKNN, metrics
-from hierloss.accuracy import HierarchicalAccuracyCalculator
+from hierloss.accuracy_calculator import HierarchicalAccuracyCalculator
 
 SCORES = ("superclass_precision_at_1", "superclass_precision_at_k", "hierarchical_average_precision")
 TAXONOMY = {label: (label // 3, label // 6) for label in range(12)}
@@ -65,10 +65,24 @@ def test_edges_in_a_file_are_the_same_taxonomy(tmp_path):
     lines += ["", *(f"order{family // 2} family{family}" for family in range(4)), "root order0", "root order1"]
     (tmp_path / "edges.txt").write_text("\n".join(lines))
     scores = []
-    for taxonomy in (TAXONOMY, tmp_path / "edges.txt", {k: list(map(str, v)) for k, v in TAXONOMY.items()}):
+    as_arrays = {label: np.array(levels) for label, levels in TAXONOMY.items()}
+    as_names = {label: list(map(str, levels)) for label, levels in TAXONOMY.items()}
+    for taxonomy in (TAXONOMY, tmp_path / "edges.txt", as_arrays, as_names):
         calculator = HierarchicalAccuracyCalculator(taxonomy, include=SCORES, k=5, device=torch.device("cpu"))
         scores.append(calculator.get_accuracy(*samples()))
-    assert scores[0] == scores[1] == scores[2]
+    assert scores[0] == scores[1] == scores[2] == scores[3]
+
+
+def test_options_of_pml():
+    embeddings, labels = samples()
+    options = {"include": SCORES[:1], "k": 1, "device": torch.device("cpu")}
+    per_class = HierarchicalAccuracyCalculator(TAXONOMY, return_per_class=True, **options)
+    found = per_class.get_accuracy(embeddings, labels)[SCORES[0]]
+    nearest = torch.cdist(embeddings, embeddings).fill_diagonal_(torch.inf).argmin(1)
+    hits = labels[nearest] // 3 == labels // 3
+    assert found == pytest.approx([float(hits[labels // 3 == k].double().mean()) for k in range(4)])
+    mean = HierarchicalAccuracyCalculator(TAXONOMY, avg_of_avgs=True, **options)
+    assert mean.get_accuracy(embeddings, labels)[SCORES[0]] == pytest.approx(np.mean(found))
 
 
 def test_in_a_tester_of_pml():
@@ -95,6 +109,8 @@ def test_in_a_tester_of_pml():
         ("a b c", r"edges.txt, line 1: expected a parent and a child, got 'a b c'"),
         ("a 1\nb 1", "edges.txt, line 2: 1 has two parents, a and b"),
         ("b a\na b\na 1", "the nodes above 1 form a cycle"),
+        ("a 1\nb 2", "expected one root above all nodes, got a and b"),
+        ("r a\na x", "taxonomy must have integer labels: .*'x'"),
     ],
 )
 def test_bad_taxonomy(taxonomy, message, tmp_path):

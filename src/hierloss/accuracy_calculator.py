@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+import torch
+from pytorch_metric_learning.utils import accuracy_calculator as pml
 from torch import Tensor
 
+from ._checks import to_numpy
 from .metrics import average_precisions
 
 __all__ = ["HierarchicalAccuracyCalculator"]
 
 
-class HierarchicalAccuracyCalculator(AccuracyCalculator):  # type: ignore[misc]
+class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[misc]
     """PML's `AccuracyCalculator` with scores of the superclasses, for any ``knn_func``.
 
     - ``superclass_precision_at_1``: share of queries whose nearest neighbour has the same superclass.
@@ -22,13 +24,13 @@ class HierarchicalAccuracyCalculator(AccuracyCalculator):  # type: ignore[misc]
     - ``hierarchical_average_precision``: H-AP, see `metrics.hierarchical_average_precision`. It ranks all
       references for every query, in ``O(NM)`` memory.
 
-    The superclass is that of the first level above the classes; H-AP uses all levels. Queries without a reference
-    of their superclass do not count.
+    The superclass is that of the first level above the classes; H-AP uses all levels, and is a mean over queries
+    also with ``avg_of_avgs`` and ``return_per_class``. Queries without a relevant reference do not count.
 
     Args:
-        taxonomy: superclass of each label: a mapping to one superclass, or to a sequence from fine to coarse; or a
-            text file with a line ``parent child`` for each edge of a tree whose leaves are the labels. Its root is
-            no superclass.
+        taxonomy: superclass of each label: a mapping to one superclass, or to several from fine to coarse; or a
+            text file of a tree whose leaves are the labels. Each line is ``parent child``. There must be one root;
+            it is not a superclass.
         **kwargs: PML's options: ``include``, ``knn_func``, ``device``, and so on;
             ``superclass_precision_at_k`` needs a number for ``k``.
 
@@ -49,7 +51,7 @@ class HierarchicalAccuracyCalculator(AccuracyCalculator):  # type: ignore[misc]
     def __init__(self, taxonomy: Mapping[int, Any] | str | PathLike[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         given = taxonomy if isinstance(taxonomy, Mapping) else _read_edges(Path(taxonomy))
-        chains = [[*above] if isinstance(above, (list, tuple)) else [above] for above in given.values()]
+        chains = [np.ravel(to_numpy(above)).tolist() for above in given.values()]
         depths = {len(chain) for chain in chains}
         if len(depths) != 1 or depths == {0}:
             raise ValueError(
@@ -59,14 +61,17 @@ class HierarchicalAccuracyCalculator(AccuracyCalculator):  # type: ignore[misc]
         numbered = [
             np.unique(list(map(str, level)), return_inverse=True)[1] for level in zip(*chains, strict=True)
         ]
-        labels = np.array([int(label) for label in given])
+        try:
+            labels = np.array([int(label) for label in given])
+        except ValueError as error:
+            raise ValueError(f"taxonomy must have integer labels: {error}") from None
         self._superclasses = dict(zip(labels.tolist(), np.stack([labels, *numbered], 1), strict=True))
 
     def requires_knn(self) -> list[str]:
         own = ["superclass_precision_at_1", "superclass_precision_at_k", "hierarchical_average_precision"]
         return [*super().requires_knn(), *own]
 
-    def calculate_superclass_precision_at_1(self, knn_labels: Tensor, **arguments: Any) -> float:
+    def calculate_superclass_precision_at_1(self, knn_labels: Tensor, **arguments: Any) -> Any:
         return self.calculate_superclass_precision_at_k(knn_labels[:, :1], **arguments)
 
     def calculate_superclass_precision_at_k(
@@ -76,10 +81,16 @@ class HierarchicalAccuracyCalculator(AccuracyCalculator):  # type: ignore[misc]
         reference_labels: Tensor,
         ref_includes_query: bool,
         **_: Any,
-    ) -> float:
-        found, own, other = (self._taxonomy(x)[..., 1] for x in (knn_labels, query_labels, reference_labels))
-        counted = (own[:, None] == other).sum(1) > ref_includes_query  # a query is among its own references
-        return float((found == own[:, None])[counted].mean()) if counted.any() else float("nan")
+    ) -> Any:
+        found, own, other = (
+            torch.from_numpy(self._taxonomy(x)[..., 1]) for x in (knn_labels, query_labels, reference_labels)
+        )
+        counts = pml.get_label_match_counts(own, other, pml.EQUALITY)
+        counted = pml.get_lone_query_labels(own, counts, ref_includes_query, pml.EQUALITY)[1]
+        if not counted.any():
+            return pml.nan_accuracy(counts[0], self.return_per_class)
+        options = self.avg_of_avgs, self.return_per_class, pml.EQUALITY
+        return pml.precision_at_k(found[counted], own[counted][:, None], found.shape[1], *options)
 
     def calculate_hierarchical_average_precision(
         self,
@@ -116,6 +127,8 @@ def _read_edges(file: Path) -> dict[str, list[str]]:
             raise ValueError(
                 f"{file}, line {number}: {words[1]} has two parents, {parents[words[1]]} and {words[0]}"
             )
+    if len(roots := set(parents.values()) - parents.keys()) > 1:
+        raise ValueError(f"{file}: expected one root above all nodes, got {' and '.join(sorted(roots)[:3])}")
     above: dict[str, list[str]] = {}
     for leaf in parents.keys() - set(parents.values()):
         node, above[leaf] = leaf, []
