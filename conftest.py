@@ -1,5 +1,6 @@
 """Seeds every test, runs the code blocks of the Markdown files, gives doctests of ``src/`` what they all need."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ def seed(_: dict[str, Any]) -> None:
 
 # They need what only the extras docs and benchmarks have.
 collect_ignore_glob = ["docs/*.py", "tests/torchvision_operators.py"]
+if find_spec("datasets") is None:  # of the extra sentence-transformers
+    collect_ignore_glob.append("src/hierloss/sentence_transformers.py")
 
 # The blocks of one file share a namespace, and run in order.
 pytest_collect_file = Sybil(
