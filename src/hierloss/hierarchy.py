@@ -29,7 +29,6 @@ __all__ = ["Hierarchy"]
 _MAX_LEAVES = 20_000
 """A tree of more embeddings raises an error: the distances of all pairs, and a copy, would take over 3 GB."""
 
-
 _ROUNDING = 1e-6
 """Largest error of a cosine distance in float32."""
 
