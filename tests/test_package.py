@@ -128,10 +128,11 @@ def test_every_import_is_declared(built):
                 imported.add(node.module.partition(".")[0])
     declared = set()
     for requirement in requirements(built):
-        for extra in ("", "hierarchy", "plot"):
+        for extra in ("", "hierarchy", "plot", "sentence-transformers"):
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 declared.add(requirement.name)
     names = {"faiss": "faiss-cpu", "sklearn": "scikit-learn", "pytorch_metric_learning": "pytorch-metric-learning"}
+    names["sentence_transformers"] = "sentence-transformers"
     needed = {names.get(name, name) for name in imported - sys.stdlib_module_names}
     assert needed - {"faiss-cpu"} <= declared  # PoincareKNN works without FAISS
     assert {"scipy", "scikit-learn"} <= needed
