@@ -382,10 +382,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             >>> tree.num_leaves
             10
         """
-        distances = self.proxy_distances(embeddings)
-        return Hierarchy.from_embeddings(
-            embeddings, labels, per_class=per_class, linkage=linkage, distances=distances
-        )
+        options: Any = {"per_class": per_class, "linkage": linkage}
+        return Hierarchy.from_embeddings(embeddings, labels, distances=self.proxy_distances(embeddings), **options)
 
     @torch.no_grad()
     def init_proxies(self, embeddings: Tensor) -> None:
