@@ -382,8 +382,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             >>> tree.num_leaves
             10
         """
-        options: Any = {"per_class": per_class, "linkage": linkage}
-        return Hierarchy.from_embeddings(embeddings, labels, distances=self.proxy_distances(embeddings), **options)
+        return Hierarchy.from_embeddings(
+            embeddings, labels, per_class=per_class, linkage=linkage, distances=self.proxy_distances(embeddings)
+        )
 
     @torch.no_grad()
     def init_proxies(self, embeddings: Tensor) -> None:
