@@ -24,12 +24,12 @@ pytestmark = [
 ]
 
 
-def torchrun(world_size, what, folder):
-    """Run distributed_worker.py in this many processes: the exit status, and what they printed."""
+def torchrun(world_size, what, folder, worker=WORKER.name):
+    """Run the worker in this many processes: the exit status, and what they printed."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen(
-        [*command, f"--nproc-per-node={world_size}", WORKER, what, folder],
+        [*command, f"--nproc-per-node={world_size}", WORKER.with_name(worker), what, folder],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -19,7 +19,7 @@ with contextlib.suppress(ModuleNotFoundError):
     import torchvision_operators  # noqa: F401  (transformers imports torchvision where it is installed)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NEEDS = {"lightning_module.py": "lightning", "text_retrieval.py": "datasets"}
+NEEDS = {"accelerate_loop.py": "accelerate", "lightning_module.py": "lightning", "text_retrieval.py": "datasets"}
 
 
 def run(name, *arguments, folder):
@@ -187,6 +187,21 @@ def test_ddp(tmp_path):
     printed = run("ddp.py", "--epochs", 2, folder=tmp_path)
     assert float(re.search(r"R@1 ([\d.]+)%", printed)[1]) > 90
     assert "proxies between 2 processes: 0\n" in printed
+
+
+@pytest.mark.slow
+def test_accelerate_loop(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(EXAMPLES / "accelerate_loop.py"), "--epochs", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    values = [float(value) for value in re.findall(r"2 processes: loss ([\d.]+)", done.stdout)]
+    assert len(values) == 3  # printed by one process
+    assert values[2] < 0.9 * values[0]
+    assert {path.name for path in (tmp_path / "accelerate").iterdir()} >= {
+        "model.safetensors",
+        "model_1.safetensors",
+    }
 
 
 @pytest.mark.slow
