@@ -9,6 +9,7 @@ import geoopt
 import matplotlib
 import pytorch_metric_learning
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -50,6 +51,19 @@ def write(
         figure.savefig(files[1], dpi=110, bbox_inches="tight")
     for file in files:
         Console(stderr=True).print(f"wrote {file}", highlight=False)
+
+
+def bars(rows: list[dict[str, Any]], name: str, value: str) -> Figure:
+    """A horizontal bar for each row, with its smallest and largest value."""
+    unit = value.split()[-1]
+    figure, ax = plt.subplots(figsize=(7, 0.8 + 0.4 * len(rows)), layout="constrained")
+    middle = [row[value] for row in rows]
+    errors = [[m - row[f"least {unit}"] for m, row in zip(middle, rows, strict=True)]]
+    errors.append([row[f"most {unit}"] - m for m, row in zip(middle, rows, strict=True)])
+    ax.barh([row[name] for row in rows], middle, xerr=errors, color="#332288", ecolor="#777777")
+    ax.set(xlabel=value)
+    ax.invert_yaxis()
+    return figure
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
