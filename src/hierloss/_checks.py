@@ -16,6 +16,7 @@ __all__ = [
     "check_number",
     "check_temperature",
     "to_numpy",
+    "to_vector",
 ]
 
 _MIN_TEMPERATURE = 1e-30
@@ -96,3 +97,11 @@ def check_labels(labels: Tensor | None, count: int) -> None:
 def to_numpy(values: Any) -> np.ndarray:
     """Tensor, array or lists as an array."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def to_vector(labels: Any, count: int, kind: str) -> np.ndarray:
+    """Labels as an array of shape ``(count,)``, one for each leaf, sample or the like."""
+    values = to_numpy(labels)
+    if values.shape != (count,):
+        raise ValueError(f"labels must have shape ({count},), one for each {kind}, got shape {values.shape}")
+    return values

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ._checks import check_count, check_number, to_numpy
+from ._checks import check_count, check_number, to_numpy, to_vector
 from .hierarchy import Hierarchy
 
 __all__ = [
@@ -56,7 +56,7 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
     over all pairs as in Monath et al., "Gradient-based Hierarchical Clustering" (KDD 2019).
     """
     tree = _tree(tree)
-    classes, index = np.unique(_vector("labels", labels, tree.num_leaves), return_inverse=True)
+    classes, index = np.unique(to_vector(labels, tree.num_leaves, "leaf"), return_inverse=True)
     starts, stops = tree.spans.T
     node = np.arange(tree.num_nodes)
     for child in range(tree.root - 1, tree.num_leaves - 1, -1):
@@ -202,14 +202,6 @@ def average_precisions(query: np.ndarray, ranked: np.ndarray, alpha: float = 1.0
 def _tree(tree: Hierarchy | np.ndarray) -> Hierarchy:
     """The tree, converted from a linkage matrix if it is one."""
     return tree if isinstance(tree, Hierarchy) else Hierarchy(tree)
-
-
-def _vector(name: str, values: Any, count: int) -> np.ndarray:
-    """An array of shape ``(count,)``."""
-    array = to_numpy(values)
-    if array.shape != (count,):
-        raise ValueError(f"{name} must have shape ({count},), one for each leaf, got shape {array.shape}")
-    return array
 
 
 def _taxonomy(values: Any, count: int) -> np.ndarray:
