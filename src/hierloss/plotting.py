@@ -148,8 +148,8 @@ def plot_disk(
     unit = max(half - 0.6 * _FONT * longest, half / 3) / start
     titles, notice = _titles(leaves, members, places, 2 * math.pi * unit)
     if pictures or leaves.named:
-        leads = np.stack([points[:count], 1.02 * around], 1)
-        ax.add_collection(LineCollection(np.stack(_xy(leads), 2), colors=GREY, lw=0.4, alpha=0.5, zorder=0))
+        leads = [np.transpose(_xy([leaf, 1.02 * end])) for leaf, end in zip(points, around, strict=False)]
+        ax.add_collection(LineCollection(leads, colors=GREY, lw=0.4, alpha=0.5, zorder=0))
     for rows, at, title in zip(members, around, titles, strict=True):
         if pictures:
             image, (color, _) = pictures[rows[0]], style(leaves.group(rows))

@@ -51,17 +51,6 @@ def linear_norm(dtype: torch.dtype) -> float:
     return math.sqrt(torch.finfo(dtype).eps) / 2
 
 
-def coincident_eps(dtype: torch.dtype, dim: int) -> float:
-    """The rounding error of `_squared_euclidean` for equal points, relative to the largest squared coordinate."""
-    return 4 * dim * torch.finfo(dtype).eps * 2.0 ** -_grid_bits(dtype, dim)
-
-
-def _grid_bits(dtype: torch.dtype, dim: int) -> int:
-    """Bits per coordinate such that sums of ``4 * dim`` products of two coordinates are exact."""
-    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
-    return (digits - 2 - math.ceil(math.log2(max(dim, 2)))) // 2
-
-
 def result_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of a result: that of the inputs, and at least float32."""
     dtype = torch.float32
@@ -236,17 +225,19 @@ def _squared_euclidean(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     Each coordinate is split into a part on a coarse grid, whose inner products are exact, and a small remainder:
     ``|x-y|^2 = |qx-qy|^2 + (corrections with the remainders)``. Cancellation occurs only in the first term.
     """
-    dim = x.shape[-1]
-    digits = 1 - round(math.log2(torch.finfo(x.dtype).eps))
+    dim, eps = x.shape[-1], torch.finfo(x.dtype).eps
+    digits = 1 - round(math.log2(eps))
+    bits = (digits - 2 - math.ceil(math.log2(max(dim, 2)))) // 2  # sums of 4 * dim products are then exact
     # Adding and subtracting a large number rounds to a multiple of its last place.
-    shift = scale * 2.0 ** (digits - _grid_bits(x.dtype, dim))
+    shift = scale * 2.0 ** (digits - bits)
     qx, qy = (x + shift) - shift, (y + shift) - shift
     rx, ry = x - qx, y - qy
     exact = qx.square().sum(-1, keepdim=True) + qy.square().sum(-1).unsqueeze(-2)
     exact -= 2 * (qx @ qy.mT)
     exact += ((x + qx) * rx).sum(-1, keepdim=True) + ((y + qy) * ry).sum(-1).unsqueeze(-2)
     exact -= 2 * (torch.cat([x, rx], -1) @ torch.cat([ry, qy], -1).mT)
-    return exact.masked_fill_(exact < coincident_eps(x.dtype, dim) * scale.square(), 0)
+    coincident_eps = 4 * dim * eps * 2.0**-bits  # the rounding error for equal points, relative to scale squared
+    return exact.masked_fill_(exact < coincident_eps * scale.square(), 0)
 
 
 class _PairwiseDistance(torch.autograd.Function):
