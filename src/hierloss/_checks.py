@@ -66,20 +66,16 @@ def check_embeddings(name: str, embeddings: Tensor, width: int | None = None) ->
     """Raise unless ``embeddings`` is a floating point matrix, with ``width`` columns if that is given."""
     if not isinstance(embeddings, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(embeddings).__name__}")
-    if embeddings.ndim != 2:
-        raise ValueError(
-            f"{name} must have shape (batch_size, embedding_size), got shape {tuple(embeddings.shape)}"
-        )
+    shape = tuple(embeddings.shape)
+    if len(shape) != 2:
+        raise ValueError(f"{name} must have shape (batch_size, embedding_size), got shape {shape}")
     if not embeddings.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {embeddings.dtype}")
-    if 0 in embeddings.shape:
-        missing = "row" if embeddings.shape[0] == 0 else "column"
-        raise ValueError(f"{name} must have at least one {missing}, got shape {tuple(embeddings.shape)}")
-    if width is not None and embeddings.shape[1] != width:
-        raise ValueError(
-            f"{name} must have {width} columns, the embedding_size of the proxies, "
-            f"got shape {tuple(embeddings.shape)}"
-        )
+    if 0 in shape:
+        missing = "row" if shape[0] == 0 else "column"
+        raise ValueError(f"{name} must have at least one {missing}, got shape {shape}")
+    if width is not None and shape[1] != width:
+        raise ValueError(f"{name} must have {width} columns, the embedding_size of the proxies, got shape {shape}")
 
 
 def check_labels(labels: Tensor | None, count: int) -> None:
@@ -88,10 +84,8 @@ def check_labels(labels: Tensor | None, count: int) -> None:
         return
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.shape != (count,):
-        raise ValueError(
-            f"labels must have shape ({count},), one for each embedding, got shape {tuple(labels.shape)}"
-        )
+    if (shape := tuple(labels.shape)) != (count,):
+        raise ValueError(f"labels must have shape ({count},), one for each embedding, got shape {shape}")
 
 
 def to_numpy(values: Any) -> np.ndarray:

@@ -116,10 +116,8 @@ def _read_edges(file: Path) -> dict[str, list[str]]:
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if len(words := line.split()) not in (0, 2):
             raise ValueError(f"{file}, line {number}: expected a parent and a child, got {line!r}")
-        if words and parents.setdefault(words[1], words[0]) != words[0]:
-            raise ValueError(
-                f"{file}, line {number}: {words[1]} has two parents, {parents[words[1]]} and {words[0]}"
-            )
+        if words and (other := parents.setdefault(words[1], words[0])) != words[0]:
+            raise ValueError(f"{file}, line {number}: {words[1]} has two parents, {other} and {words[0]}")
     if len(roots := set(parents.values()) - parents.keys()) > 1:
         raise ValueError(f"{file}: expected one root above all nodes, got {' and '.join(sorted(roots)[:3])}")
     above: dict[str, list[str]] = {}

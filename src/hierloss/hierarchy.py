@@ -129,10 +129,8 @@ class Hierarchy:
         unit = torch.nn.functional.normalize(embeddings.detach().cpu().double())
         if not torch.isfinite(unit).all():
             raise ValueError("embeddings must be finite, got NaN or infinity")
-        if distances is not None and len(distances) != len(embeddings):
-            raise ValueError(
-                f"distances must have a row for each of {len(embeddings)} embeddings, got {len(distances)}"
-            )
+        if distances is not None and len(distances) != (rows := len(embeddings)):
+            raise ValueError(f"distances must have a row for each of {rows} embeddings, got {len(distances)}")
         if per_class:
             if values is None:
                 raise ValueError("labels must be given when per_class is True: they say which samples make a leaf")
@@ -153,10 +151,10 @@ class Hierarchy:
     def from_linkage(
         cls, linkage: np.ndarray, labels: Any = None, distances: Tensor | np.ndarray | None = None
     ) -> "Hierarchy":
-        """A tree from a SciPy linkage matrix, with proxies as ancestors if ``distances`` are given.
+        """A tree from a SciPy linkage matrix without inversions, with proxies as ancestors if there are distances.
 
         Args:
-            linkage: shape ``(N - 1, 4)``, from ``scipy.cluster.hierarchy.linkage``, without inversions.
+            linkage: shape ``(N - 1, 4)``, from ``scipy.cluster.hierarchy.linkage``.
             labels: label of each leaf, shape ``(N,)``.
             distances: of the leaves from proxies, shape ``(N, P)``.
 
@@ -170,9 +168,8 @@ class Hierarchy:
             return tree
         rows = to_numpy(distances).astype(np.float64)
         if rows.ndim != 2 or len(rows) != tree.num_leaves or rows.size == 0 or not np.isfinite(rows).all():
-            raise ValueError(
-                f"distances must be finite, of shape ({tree.num_leaves}, num_proxies), got shape {rows.shape}"
-            )
+            expected = f"({tree.num_leaves}, num_proxies)"
+            raise ValueError(f"distances must be finite, of shape {expected}, got shape {rows.shape}")
         farthest, proxies, radii = list(rows), list(rows.argmin(1)), list(rows.min(1))
         for left, right in tree._merges:
             farthest.append(np.maximum(farthest[left], farthest[right]))
@@ -300,9 +297,8 @@ class Hierarchy:
         """
         gaps = to_numpy(distances)
         if gaps.ndim != 2 or gaps.shape[1] != self.num_leaves or np.isnan(gaps).any():
-            raise ValueError(
-                f"distances must have shape (M, {self.num_leaves}), without NaN, got shape {gaps.shape}"
-            )
+            expected = f"(M, {self.num_leaves}), without NaN"
+            raise ValueError(f"distances must have shape {expected}, got shape {gaps.shape}")
         nodes: np.ndarray = gaps.argmin(1)
         nearest = gaps.min(1)
         while (low := (self.heights[nodes] + _ROUNDING < nearest) & (nodes < self.root)).any():
@@ -321,16 +317,10 @@ class Hierarchy:
             raise ImportError('to_networkx needs networkx: pip install "hierloss[hierarchy]"') from error
         above, graph = self.parents[:-1], networkx.DiGraph()
         lengths = self.heights[above] - self.heights[:-1]
-        graph.add_weighted_edges_from(
-            zip(above.tolist(), range(self.root), lengths.tolist(), strict=True), "length"
-        )
-        attributes = {
-            "height": self.heights,
-            "proxy": self.proxies,
-            "radius": self.radii,
-            "label": self.leaf_labels,
-        }
-        for name, values in attributes.items():
+        edges = zip(above.tolist(), range(self.root), lengths.tolist(), strict=True)
+        graph.add_weighted_edges_from(edges, weight="length")
+        attributes = {"height": self.heights, "proxy": self.proxies, "radius": self.radii}
+        for name, values in [*attributes.items(), ("label", self.leaf_labels)]:
             if values is not None:
                 networkx.set_node_attributes(graph, dict(enumerate(values.tolist())), name)
         return graph
@@ -348,9 +338,8 @@ class Hierarchy:
             raise ValueError(f"names must be {self.num_leaves}, one for each leaf, got {len(names)}")
         parts = [name if name.isdecimal() else "'" + name.replace("'", "''") + "'" for name in map(str, names)]
         for node, children in enumerate(self._merges.tolist(), self.num_leaves):
-            below = ",".join(
-                f"{parts[child]}:{float(self.heights[node] - self.heights[child])}" for child in children
-            )
+            lengths = (self.heights[node] - self.heights[list(children)]).tolist()
+            below = ",".join(f"{parts[child]}:{length}" for child, length in zip(children, lengths, strict=True))
             parts.append(f"({below})" + ("" if self.proxies is None else f"'proxy {self.proxies[node]}'"))
             for child in children:
                 parts[child] = ""  # now part of the parent's text

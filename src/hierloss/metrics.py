@@ -37,7 +37,7 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
     .. math:: \mathrm{DP} = \frac{1}{|W|} \sum_{(i, j) \in W}
         \frac{|\mathrm{lvs}(\mathrm{lca}(i, j)) \cap C(i)|}{|\mathrm{lvs}(\mathrm{lca}(i, j))|}
 
-    over all pairs ``W`` of leaves of one class; there must be one. It is 1 if and only if every class is a subtree.
+    over all pairs ``W`` of leaves of one class; there must be one. It is 1 if and only if each class is a subtree.
     Exact, in time ``O(N * classes)``. Nested merges at equal height count as one node.
 
     Example:
@@ -47,7 +47,7 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
     Source: Heller, Ghahramani, "Bayesian Hierarchical Clustering" (ICML 2005), section 5, as an exact mean
     over all pairs as in Monath et al., "Gradient-based Hierarchical Clustering" (KDD 2019).
     """
-    tree = _tree(tree)
+    tree = tree if isinstance(tree, Hierarchy) else Hierarchy(tree)
     classes, index = np.unique(to_vector(labels, tree.num_leaves, "leaf"), return_inverse=True)
     starts, stops = tree.spans.T
     node = np.arange(tree.num_nodes)
@@ -84,7 +84,7 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
     # Imported here: the import is slow, and in new versions it draws from Python's random generator.
     from sklearn.metrics import adjusted_mutual_info_score
 
-    tree = _tree(tree)
+    tree = tree if isinstance(tree, Hierarchy) else Hierarchy(tree)
     levels = _taxonomy(taxonomy, tree.num_leaves)
     return [float(adjusted_mutual_info_score(level, tree.cut(int(level.max()) + 1))) for level in levels.T]
 
@@ -165,20 +165,13 @@ def average_precisions(query: np.ndarray, ranked: np.ndarray, alpha: float = 1.0
     return scores
 
 
-def _tree(tree: Hierarchy | np.ndarray) -> Hierarchy:
-    """The tree, converted from a linkage matrix if it is one."""
-    return tree if isinstance(tree, Hierarchy) else Hierarchy(tree)
-
-
 def _taxonomy(values: Any, count: int) -> np.ndarray:
     """The taxonomy, the labels of each level numbered from 0."""
     array = to_numpy(values)
     array = array[:, None] if array.ndim == 1 else array
     if array.ndim != 2 or array.shape[0] != count or array.shape[1] == 0:
-        raise ValueError(
-            f"taxonomy must have shape ({count}, L), a column for each level from fine to coarse, "
-            f"got shape {array.shape}"
-        )
+        expected = f"({count}, L), a column for each level from fine to coarse"
+        raise ValueError(f"taxonomy must have shape {expected}, got shape {array.shape}")
     return np.stack([np.unique(level, return_inverse=True)[1] for level in array.T], 1)
 
 
@@ -186,9 +179,8 @@ def _square(distances: Any) -> np.ndarray:
     """A finite square matrix in float64."""
     matrix = to_numpy(distances).astype(np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
-        raise ValueError(
-            f"distances must be of all pairs of 2 samples or more, shape (N, N), got shape {matrix.shape}"
-        )
+        expected = "of all pairs of 2 samples or more, shape (N, N)"
+        raise ValueError(f"distances must be {expected}, got shape {matrix.shape}")
     if not np.isfinite(matrix).all():
         raise ValueError("distances must be finite, got NaN or infinity")
     return matrix

@@ -190,17 +190,9 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
 def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtype | None = None) -> Tensor:
     r"""Hyperbolic distances of all pairs, by matrix products without cancellation errors, in ``O(NM)`` memory.
 
-    In float32 it is as exact as `distance`; in float64, points closer than about 1e-10 of the largest coordinate
+    Shapes: ``(..., N, D)`` and ``(..., M, D)`` to ``(..., N, M)``, in ``dtype``, by default that of the points. In
+    float32 it is as exact as `distance`; in float64, points closer than about 1e-10 of the largest coordinate
     count as equal. docs/numerics.md compares it with geoopt and with ``torch.cdist``.
-
-    Args:
-        x: points of shape ``(..., N, D)``.
-        y: points of shape ``(..., M, D)``.
-        c: minus the curvature.
-        dtype: of the result, in which the ``(N, M)`` part is computed; ``None``: that of the points.
-
-    Returns:
-        Distances of shape ``(..., N, M)``.
 
     Example:
         >>> x = torch.tensor([[0.5, 0.0], [0.0, 0.0]])
@@ -318,7 +310,7 @@ def from_hyperboloid(points: Tensor, c: float | Tensor) -> Tensor:
 
 
 def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = None) -> Tensor:
-    r"""Vectors to store for hyperbolic search by inner product, in FAISS or a vector database.
+    r"""Vectors ``(..., D + 2)`` to store for hyperbolic search by inner product, in FAISS or a vector database.
 
     .. math:: y' = \left(s_y,\; t_y,\; \sqrt{L^2 - |s_y|^2 - t_y^2}\right), \qquad
         \langle x'', y' \rangle = -\cosh(\sqrt c\,d(x, y))
@@ -327,14 +319,8 @@ def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = N
     inner product. The last coordinate has no effect on it, but gives all vectors the same length ``L``: graphs of
     neighbours such as HNSW link vectors by their inner product.
 
-    Args:
-        x: points of shape ``(..., D)``.
-        c: minus the curvature.
-        max_distance: largest distance from the origin of all points that are stored together, if they come in
-            several calls: ``2 * clip_radius`` for embeddings of a `PoincareDistance`. ``None``: that of ``x``.
-
-    Returns:
-        Vectors of shape ``(..., D + 2)``.
+    If points that are stored together come in several calls, ``max_distance`` must be the largest distance of all
+    from the origin: ``2 * clip_radius`` for embeddings of a `PoincareDistance`. By default it is that of ``x``.
 
     Example:
         >>> references = lift_references(torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.8, 0.0]]), c=1.0)
