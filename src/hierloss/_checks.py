@@ -8,17 +8,6 @@ import geoopt
 import numpy as np
 from torch import Tensor
 
-__all__ = [
-    "check_count",
-    "check_curvature",
-    "check_embeddings",
-    "check_labels",
-    "check_number",
-    "check_temperature",
-    "to_numpy",
-    "to_vector",
-]
-
 _MIN_TEMPERATURE = 1e-30
 """Distances divided by a smaller number can be infinite in float32."""
 

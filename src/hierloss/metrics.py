@@ -21,11 +21,8 @@ from ._checks import check_count, check_number, to_numpy, to_vector
 from .hierarchy import Hierarchy
 
 __all__ = [
-    "ami_per_level",
-    "dendrogram_purity",
-    "hierarchical_average_precision",
-    "hierarchical_recall_at_k",
-]
+    "ami_per_level", "dendrogram_purity", "hierarchical_average_precision", "hierarchical_recall_at_k",
+]  # fmt: skip
 
 _CHUNK_CELLS = 2**22
 """Cells of a matrix that are processed at a time: 32 MB in float64."""

@@ -20,18 +20,9 @@ from torch import Tensor
 from ._checks import check_number
 
 __all__ = [
-    "clip_norm",
-    "distance",
-    "exp_map0",
-    "from_hyperboloid",
-    "lift_queries",
-    "lift_references",
-    "log_map0",
-    "pairwise_distance",
-    "project",
-    "riemannian_gradient",
-    "to_hyperboloid",
-]
+    "clip_norm", "distance", "exp_map0", "from_hyperboloid", "lift_queries", "lift_references", "log_map0",
+    "pairwise_distance", "project", "riemannian_gradient", "to_hyperboloid",
+]  # fmt: skip
 
 _CHUNK_CELLS = 2**19  # of a distance matrix, processed at a time: 4 MB in float64
 

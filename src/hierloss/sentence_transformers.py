@@ -36,7 +36,6 @@ class PMLLoss(nn.Module):
         frozen_neighbors: if ``True``, each `HIERLoss` finds neighbours by a frozen copy of ``model`` as it is now.
 
     Raises:
-        TypeError, ValueError: an argument that is not as described; no labels, or texts in several columns.
         RuntimeError: a loss with parameters in several processes, where nothing would synchronize them.
 
     Example::
@@ -105,9 +104,6 @@ class SaveLossCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         loss: a `PMLLoss`; its model is left out, because the trainer saves it.
-
-    Raises:
-        FileNotFoundError: the output folder has no such checkpoint, or it was written without this callback.
     """
 
     def __init__(self, loss: PMLLoss) -> None:
