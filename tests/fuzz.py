@@ -475,17 +475,15 @@ def poincare_knn(draw: Draw) -> Case:
 
 
 TARGETS: dict[str, tuple[float, Callable[[Draw], Case]]] = {
+    **{
+        f"poincare.{name}": (1.5, map_of_points(getattr(poincare, name)))
+        for name in ("exp_map0", "lift_queries", "log_map0", "project", "riemannian_gradient", "to_hyperboloid")
+    },
     "poincare.clip_norm": (1.5, clip_norm),
     "poincare.distance": (2, distance),
-    "poincare.exp_map0": (1.5, map_of_points(poincare.exp_map0)),
     "poincare.from_hyperboloid": (1.5, from_hyperboloid),
-    "poincare.lift_queries": (1, map_of_points(poincare.lift_queries)),
     "poincare.lift_references": (1, lift_references),
-    "poincare.log_map0": (1.5, map_of_points(poincare.log_map0)),
     "poincare.pairwise_distance": (3, pairwise_distance),
-    "poincare.project": (1.5, map_of_points(poincare.project)),
-    "poincare.riemannian_gradient": (1.5, map_of_points(poincare.riemannian_gradient)),
-    "poincare.to_hyperboloid": (1.5, map_of_points(poincare.to_hyperboloid)),
     "functional.hierarchical_triplet_loss": (3, hierarchical_triplet_loss),
     "functional.reciprocal_triplets": (2, reciprocal_triplets),
     "FromPoincare": (1, from_poincare),

@@ -60,15 +60,11 @@ def grouped(labels: Any, count: int, class_names: Names, kind: str) -> tuple[lis
     distinct, index = np.unique(to_vector(labels, count, kind), return_inverse=True)
     if class_names is None:
         return [str(label) for label in distinct.tolist()], index
-    groups = []
+    known = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names))
     for label in distinct.tolist():
-        try:
-            if not isinstance(class_names, Mapping) and label < 0:  # Python would count it from the end
-                raise IndexError
-            groups.append(str(class_names[label]))
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(f"class_names must have a name for each label, got none for {label!r}") from None
-    return groups, index
+        if label not in known:
+            raise ValueError(f"class_names must have a name for each label, got none for {label!r}")
+    return [str(known[label]) for label in distinct.tolist()], index
 
 
 def style(group: int) -> tuple[str, str]:

@@ -144,7 +144,7 @@ def plot_disk(
     around, places = points[:count] / abs(points[:count]), small.spans[:count, 0]
     side = min(0.28, 0.86 * 2 * math.pi * 1.1 / count) if pictures else 0.0
     start, half = 1.04 + 1.35 * side, min(_size(ax)) / 2
-    longest = max(map(len, _titles(leaves, members, places)[0]))
+    longest = max(len(_plain(leaves.title(rows))) for rows in members) if leaves.named else 0
     unit = max(half - 0.6 * _FONT * longest, half / 3) / start
     titles, notice = _titles(leaves, members, places, 2 * math.pi * unit)
     if pictures or leaves.named:
@@ -286,7 +286,7 @@ def _draw_legend(ax: Any, above: bool = False) -> None:
         handle.set(sizes=[26])
 
 
-def _titles(leaves: Leaves, members: Any, places: Any, room: float = math.inf) -> tuple[list[str], str]:
+def _titles(leaves: Leaves, members: Any, places: Any, room: float) -> tuple[list[str], str]:
     """The text at each drawn leaf, empty if there is no room or no name; and a notice of the omitted names."""
     step = max(1, math.ceil(len(members) * _LINE / room)) if leaves.named else 1
     # On a circle, the first name is next to the last.
