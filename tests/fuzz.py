@@ -186,10 +186,7 @@ class Draw(random.Random):
             "boundary": (3, boundary),
             "inside": (3, lambda: unit * (radius * uniform(0, 1))),
             "outside": (2, lambda: unit * (radius * 10 ** uniform(0, 30))),
-            "axes": (
-                1,
-                lambda: some_of(torch.eye(dim).double(), dim) * radius * self.choice((1.0, 0.5, -1.0, 2.0)),
-            ),
+            "axes": (1, lambda: some_of(torch.eye(dim), dim).double() * radius * self.choice((1, 0.5, -1, 2))),
         }
         kind = self.note(**{name: self.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]})
         return self.leaf(kinds[kind][1](), dtype)

@@ -28,15 +28,11 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
     also with ``avg_of_avgs`` and ``return_per_class``. Queries without a relevant reference do not count.
 
     Args:
-        taxonomy: superclass of each label: a mapping to one superclass, or to several from fine to coarse; or a
-            text file of a tree whose leaves are the labels. Each line is ``parent child``. There must be one root;
-            it is not a superclass.
+        taxonomy: superclass of each label: a mapping to one superclass, or to several from fine to coarse, as many
+            for each label; or a text file of a tree whose leaves are the labels. Each line is ``parent child``.
+            There must be one root; it is not a superclass.
         **kwargs: PML's options: ``include``, ``knn_func``, ``device``, and so on;
             ``superclass_precision_at_k`` needs a number for ``k``.
-
-    Raises:
-        ValueError: a taxonomy without superclasses, or with different numbers of them; in use, a label that it
-            does not have.
 
     Example:
         >>> scores = ("superclass_precision_at_1", "hierarchical_average_precision")

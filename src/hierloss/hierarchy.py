@@ -98,7 +98,7 @@ class Hierarchy:
         cls, embeddings: Tensor, labels: Any = None, *, per_class: bool = False, linkage: str = "average",
         distances: Tensor | None = None,
     ) -> "Hierarchy":  # fmt: skip
-        """Agglomerative clustering of embeddings, or of classes, by cosine similarity, in ``8 N^2`` bytes.
+        """Agglomerative clustering of 2 to 20,000 embeddings or classes by cosine similarity, in ``8 N^2`` bytes.
 
         Args:
             embeddings: shape ``(N, D)``; Euclidean features, or points on the ball; scaled to norm 1.
@@ -108,9 +108,6 @@ class Hierarchy:
             linkage: ``"average"`` or ``"complete"``: heights are the mean or largest cosine distance ``1 - cos``
                 between the leaves of the two children; ``"ward"``: as in SciPy.
             distances: of the samples from proxies, shape ``(N, P)``: ``HIERLoss.proxy_distances(embeddings)``.
-
-        Raises:
-            TypeError, ValueError: an argument that is not as described; fewer than 2 or more than 20,000 leaves.
 
         Example:
             >>> Hierarchy.from_embeddings(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 3.0]])).linkage
