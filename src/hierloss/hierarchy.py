@@ -126,8 +126,8 @@ class Hierarchy:
         unit = torch.nn.functional.normalize(embeddings.detach().cpu().double())
         if not torch.isfinite(unit).all():
             raise ValueError("embeddings must be finite, got NaN or infinity")
-        if distances is not None and len(distances) != (rows := len(embeddings)):
-            raise ValueError(f"distances must have a row for each of {rows} embeddings, got {len(distances)}")
+        if distances is not None and len(distances) != len(unit):
+            raise ValueError(f"distances must have a row for each of {len(unit)} embeddings, got {len(distances)}")
         if per_class:
             if values is None:
                 raise ValueError("labels must be given when per_class is True: they say which samples make a leaf")
@@ -212,7 +212,7 @@ class Hierarchy:
         """The leaves from left to right, such that the leaves under each node are contiguous."""
         from scipy.cluster.hierarchy import leaves_list
 
-        return _read_only(leaves_list(self.linkage))
+        return _read_only(leaves_list(self.linkage).astype(np.int64))
 
     @cached_property
     def spans(self) -> np.ndarray:
