@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_metric_learning.utils.inference import return_results
 from torch import Tensor
 
 from . import poincare
@@ -124,6 +123,9 @@ class PoincareKNN:
             self._prepared = prepared
         distances, indices = prepared.nearest(_by_rows(self._on_unit_ball, query), k + ref_includes_query)
         distances = distances.to(poincare.result_dtype(query, embeddings))
+        # Imported here: PML's module imports FAISS, which is slow.
+        from pytorch_metric_learning.utils.inference import return_results
+
         neighbors: tuple[Tensor, Tensor] = return_results(distances, indices, ref_includes_query)
         return neighbors
 
