@@ -34,12 +34,12 @@ def main() -> None:
         if device.type == "cpu":
             show("How far the limit is", speed.limit(rows[-1]["median ms"]))
             show("Added to the import of PML and geoopt", speed.import_time(args.repeats))
-        write(f"speed{suffix}", device, rows, bars(rows, "form", "median ms"), args.output)
+        write(f"speed{suffix}", device, rows, None, args.output)
     if "steps" in args.names:
         rows = steps.compare(args.device, args.repeats)
         show("Training steps of whole networks with ProxyAnchor, and what HIER adds", rows)
-        with_hier = [row for row in rows if steps.WITHOUT not in row["step"]]
-        write(f"steps{suffix}", device, rows, bars(with_hier, "step", "added %"), args.output)
+        drawn = [row for row in rows if steps.WITHOUT not in row["step"] and steps.HEAD not in row["step"]]
+        write(f"steps{suffix}", device, rows, bars(drawn, "step", "added %"), args.output)
     if "growth" in args.names:
         rows = speed.growth(args.device, max(2, args.repeats // 3))
         show("A training step of HIER as sizes grow", rows)

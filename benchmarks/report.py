@@ -7,6 +7,7 @@ from typing import Any
 
 import geoopt
 import matplotlib
+import numpy as np
 import pytorch_metric_learning
 import torch
 from matplotlib import pyplot as plt
@@ -56,11 +57,13 @@ def write(
 def bars(rows: list[dict[str, Any]], name: str, value: str) -> Figure:
     """A horizontal bar for each row, with its smallest and largest value."""
     unit = value.split()[-1]
-    figure, ax = plt.subplots(figsize=(7, 0.8 + 0.4 * len(rows)), layout="constrained")
-    middle = [row[value] for row in rows]
-    errors = [[m - row[f"least {unit}"] for m, row in zip(middle, rows, strict=True)]]
-    errors.append([row[f"most {unit}"] - m for m, row in zip(middle, rows, strict=True)])
+    figure, ax = plt.subplots(figsize=(7, 0.8 + 0.35 * len(rows)), layout="constrained")
+    middle, least, most = (
+        np.array([row[key] for row in rows]) for key in (value, f"least {unit}", f"most {unit}")
+    )
+    errors = middle - least, most - middle
     ax.barh([row[name] for row in rows], middle, xerr=errors, color="#332288", ecolor="#777777")
+    ax.axvline(0, color="#777777", lw=0.8)
     ax.set(xlabel=value)
     ax.invert_yaxis()
     return figure

@@ -11,12 +11,11 @@ from pytorch_metric_learning import losses
 from torch import Tensor, nn
 
 from benchmarks.speed import Step, side_by_side, summary
-from hierloss import HIERLoss, ReciprocalNeighborMiner
+from hierloss import HIERLoss
 
 BATCH_SIZE, IMAGE_SIZE, TOKENS, FEATURES = 90, 128, 12, 1280
-WITHOUT = "no HIER"
-HIER = {"64 proxies": (64, 10), "512 proxies": (512, 50)}
-"""Number of proxies and triplets per anchor: what docs/choosing.md recommends for a CPU, and the paper's."""
+WITHOUT, HEAD = "no HIER", "linear head"
+NUM_PROXIES = (64, 512)  # what docs/choosing.md recommends for a CPU, and the paper's
 
 
 class Pooled(nn.Module):
@@ -39,7 +38,7 @@ def networks() -> dict[str, tuple[nn.Module, Tensor]]:
     lite0 = EfficientNet.from_name("efficientnet-lite0", image_size=IMAGE_SIZE, num_classes=128)
     images = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE)
     return {
-        "linear head": (nn.Linear(FEATURES, 128), torch.randn(BATCH_SIZE, FEATURES)),
+        HEAD: (nn.Linear(FEATURES, 128), torch.randn(BATCH_SIZE, FEATURES)),
         "MiniLM": (Pooled(BertModel(minilm)), torch.randint(30_000, (BATCH_SIZE, TOKENS))),
         "EfficientNet-Lite0": (lite0, images),
         "ResNet-50": (Pooled(ResNetModel(ResNetConfig())), images),
@@ -53,10 +52,9 @@ def added(name: str, network: nn.Module, batch: Tensor, repeats: int) -> list[di
     with torch.no_grad():
         size = network(batch[:2]).shape[1]
     steps = {WITHOUT: make_step(network, batch, labels, losses.ProxyAnchorLoss(len(batch) // 5, size))}
-    for title, (proxies, triplets) in HIER.items():
-        hier = HIERLoss(proxies, size, miner=ReciprocalNeighborMiner(triplets_per_anchor=triplets))
-        both = losses.MultipleLosses([losses.ProxyAnchorLoss(len(batch) // 5, size), hier])
-        steps[title] = make_step(network, batch, labels, both)
+    for proxies in NUM_PROXIES:
+        both = losses.MultipleLosses([losses.ProxyAnchorLoss(len(batch) // 5, size), HIERLoss(proxies, size)])
+        steps[f"{proxies} proxies"] = make_step(network, batch, labels, both)
     times = side_by_side(steps, device, repeats)
     rows = []
     for title, own in times.items():
