@@ -43,8 +43,8 @@ def main() -> None:
     if "growth" in args.names:
         rows = speed.growth(args.device, max(2, args.repeats // 3))
         show("A training step of HIER as sizes grow", rows)
-        show("With many proxies", speed.many_proxies(args.device))
         write(f"growth{suffix}", device, rows, speed.plot_growth(rows), args.output)
+        show("With many proxies", speed.many_proxies(args.device))
     if "distances" in args.names:
         rows = [row for dtype in (torch.float32, torch.bfloat16, torch.float16) for row in distances.errors(dtype)]
         show("Largest relative error of distances and their gradients", rows)
