@@ -80,11 +80,11 @@ def two_lengths(lengths: dict[tuple[str, str], int]) -> Points:
     return by_length(lengths, {"best length": 1, "4 times": 4})
 
 
-def choose(rows: list[Row], lengths: dict[tuple[str, str], int]) -> dict[str, float]:
-    """Each method's mean gain on validation classes, over cells, scores and both lengths of training."""
+def choose(rows: list[Row], lengths: dict[tuple[str, str], int]) -> pd.DataFrame:
+    """Each method's mean gains on validation classes over cells and both lengths, and the number of the cells."""
     means, _ = differences(gains(scores(rows, "validation", two_lengths(lengths))))
-    found: dict[str, float] = means.groupby("method", sort=False).mean().mean(axis=1).to_dict()
-    return found
+    cells = means.groupby("method", sort=False)
+    return cells.mean().assign(mean=cells.mean().mean(axis=1), cells=cells.size() // 2).sort_values("mean")
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -162,10 +162,8 @@ def write(folder: Path, images: Path) -> None:
     print("Best length of each base loss alone, on validation classes, in steps:\n")
     for (dataset, loss), steps in sorted(lengths.items()):
         print(f"- {dataset}, {loss}: {steps}")
-    chosen = choose(study.read("validate", folder), lengths)
-    print("\nMean gain on validation classes, in points, over cells, scores and both lengths:\n")
-    for method, gain in sorted(chosen.items(), key=lambda item: -item[1]):
-        print(f"- {method}: {gain:+.2f}")
+    print("\nMean gain on validation classes, in points, over cells and both lengths:\n")
+    print(choose(study.read("validate", folder), lengths).round(2).to_string())
     rows = study.read("test", folder)
     if not rows:
         return
