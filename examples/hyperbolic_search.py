@@ -1,9 +1,8 @@
-"""Search by hyperbolic distance, exactly and in a vector database.
+"""Search by hyperbolic distance, exactly and in a vector store.
 
 A small network learns from the digits 0 to 4 of scikit-learn with a loss on the Poincaré ball. The digits 5 to 9
-are then searched twice: by PoincareKNN, which is exact, and in Qdrant, a vector database that knows nothing of
-hyperbolic space and searches lifted vectors by inner product. Qdrant runs inside Python here; with the address of
-a server in place of ":memory:", the same lines use that.
+are then searched twice: by PoincareKNN, which is exact, and in Qdrant, a vector store that searches by inner
+product. Qdrant runs inside Python here. To use a server, replace ":memory:" by its address.
 """
 
 import argparse
@@ -20,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from hierloss import PoincareDistance, PoincareKNN, poincare
+from hierloss import PoincareDistance, PoincareKNN
+from hierloss.vector_stores import query_vectors, rerank, stored_vectors
 
 EMBEDDING_SIZE = 32
-EXTRA = 10  # candidates beyond k, because scores of the database are in float32
+EXTRA = 16  # candidates beyond k, because scores of the store are in float32
 
 
 def main() -> dict[str, float]:
@@ -50,14 +50,12 @@ def main() -> dict[str, float]:
     calculator = AccuracyCalculator(include=("precision_at_1",), knn_func=knn_func, device=torch.device("cpu"))
     accuracy = calculator.get_accuracy(query, labels[:200], reference, labels[200:])["precision_at_1"]
 
-    # In a vector database: points of the ball, lifted.
-    x, y = distance.normalize(query), distance.normalize(reference)
+    # In a vector store.
     client = QdrantClient(":memory:")
-    store(client, poincare.lift_references(y, distance.c), labels[200:])
-    found, scores = search(client, poincare.lift_queries(x, distance.c), args.neighbors + EXTRA)
-    # Its candidates, ordered by their distances.
-    to_found = poincare.distance(x.unsqueeze(1), y[found], distance.c)
-    ordered = found.gather(1, to_found.argsort(dim=1, stable=True))
+    store(client, stored_vectors(reference, distance), labels[200:])
+    found, candidates = search(client, query_vectors(query, distance), args.neighbors + EXTRA)
+    exact, order = rerank(query, candidates, distance)
+    ordered = found.gather(1, order)
 
     values = {
         name: 100 * float((some[:, : args.neighbors] == indices).double().mean())
@@ -67,12 +65,10 @@ def main() -> dict[str, float]:
     for name, share in values.items():
         table.add_row(name, f"{share:.2f} %")
     Console().print(table)
-    # The distance that a score stands for.
-    of_scores = (-scores).clamp_min(1).acosh() / distance.c**0.5
-    values["largest difference"] = float((of_scores - to_found).abs().max())
+    values["largest difference"] = float((exact[:, : args.neighbors] - distances).abs().max())
     values["R@1"] = 100 * accuracy
     print(f"Distances from {distances.min():.3f} to {distances.max():.3f}")
-    print(f"Largest difference between them and Qdrant's scores: {values['largest difference']:.1e}")
+    print(f"Largest difference between those of PoincareKNN and of rerank: {values['largest difference']:.1e}")
     print(f"R@1 of PoincareKNN: {values['R@1']:.1f} %")
     return values
 
@@ -98,19 +94,19 @@ def store(client: QdrantClient, vectors: Tensor, labels: Tensor) -> None:
     )
     points = models.Batch(
         ids=list(range(len(vectors))),
-        vectors=vectors.float().tolist(),
+        vectors=vectors.tolist(),
         payloads=[{"digit": digit} for digit in labels.tolist()],
     )
     client.upsert("digits", points)
 
 
 def search(client: QdrantClient, vectors: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Indices and scores of the best references for every query."""
-    requests = [models.QueryRequest(query=vector, limit=limit) for vector in vectors.float().tolist()]
+    """Ids and stored vectors of the best references for every query."""
+    requests = [models.QueryRequest(query=vector, limit=limit, with_vector=True) for vector in vectors.tolist()]
     answers = [answer.points for answer in client.query_batch_points("digits", requests)]
     return (
         torch.tensor([[point.id for point in points] for points in answers]),
-        torch.tensor([[point.score for point in points] for points in answers], dtype=torch.float64),
+        torch.tensor([[point.vector for point in points] for points in answers]),
     )
 
 

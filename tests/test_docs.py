@@ -16,7 +16,7 @@ import hierloss
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("functional", "gradient_ratio", "metrics", "plotting", "poincare")
+MODULES = ("functional", "gradient_ratio", "metrics", "plotting", "poincare", "vector_stores")
 
 
 class Page(HTMLParser):

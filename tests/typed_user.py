@@ -22,6 +22,7 @@ from hierloss import (
 from hierloss.accuracy_calculator import HierarchicalAccuracyCalculator
 from hierloss.gradient_ratio import hold_gradient_ratio
 from hierloss.plotting import plot_dendrogram, plot_disk, plot_embeddings, write_html
+from hierloss.vector_stores import query_vectors, rerank, stored_vectors
 
 distance = PoincareDistance(c=0.1, clip_radius=2.3)
 miner = ReciprocalNeighborMiner(num_neighbors=5, triplets_per_anchor=2, distance=distance)
@@ -53,6 +54,9 @@ found, indices = PoincareKNN(distance)(embeddings.detach(), 3, embeddings.detach
 x: torch.Tensor = ToPoincare(c=0.1)(embeddings)
 v: torch.Tensor = FromPoincare(c=0.1)(x)
 stored: torch.Tensor = poincare.lift_references(x, 0.1) @ poincare.lift_queries(x, 0.1).T
+vectors: torch.Tensor = stored_vectors(embeddings, distance)
+scores: torch.Tensor = query_vectors(embeddings[:2], distance) @ vectors.T
+nearest, order = rerank(embeddings[:2], vectors[scores.topk(5).indices], distance)
 a, p, n, valid = functional.reciprocal_triplets(distance(x), labels)
 result = functional.hierarchical_triplet_loss(distances, (a, p, n))
 total: torch.Tensor = result.losses.sum()

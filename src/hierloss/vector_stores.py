@@ -1,0 +1,84 @@
+"""Hyperbolic search in a vector store: vectors to store and to query with, and the order by exact distance.
+
+Conventions of this file
+    - N embeddings of D columns, K candidates of a query.
+    - Vectors have D + 2 columns, in float32: `poincare.lift_references` and `poincare.lift_queries` explain them.
+    - The store searches by inner product (``dot``, ``ip``) and does not normalize vectors.
+"""
+
+import torch
+from torch import Tensor
+
+from . import poincare
+from .distances import PoincareDistance
+from .retrieval import _check
+
+__all__ = ["query_vectors", "rerank", "stored_vectors"]
+
+
+@torch.no_grad()
+def stored_vectors(embeddings: Tensor, distance: PoincareDistance) -> Tensor:
+    """Vectors to store, ``(N, D + 2)``, from finite embeddings ``(N, D)``, in one call or in several.
+
+    After a learned curvature has changed, store all vectors again.
+
+    Example:
+        >>> stored_vectors(torch.randn(5, 16), PoincareDistance()).shape
+        torch.Size([5, 18])
+    """
+    points = _points("embeddings", embeddings, distance)
+    farthest = None if distance.clip_radius is None else 2 * distance.clip_radius
+    return poincare.lift_references(points, distance.c, farthest).float()
+
+
+@torch.no_grad()
+def query_vectors(query: Tensor, distance: PoincareDistance) -> Tensor:
+    r"""Vectors to query with, ``(N, D + 2)``, from finite embeddings ``(N, D)``.
+
+    The score is :math:`-\cosh(\sqrt c\,d)` in float32, which does not order near duplicates. So request more
+    candidates than neighbours, 16 for instance, and `rerank` them.
+
+    Example:
+        >>> query_vectors(torch.randn(5, 16), PoincareDistance()).shape
+        torch.Size([5, 18])
+    """
+    return poincare.lift_queries(_points("query", query, distance), distance.c).float()
+
+
+@torch.no_grad()
+def rerank(query: Tensor, candidates: Tensor, distance: PoincareDistance) -> tuple[Tensor, Tensor]:
+    """Order the candidates of each query by hyperbolic distance, in float64 from the float32 vectors.
+
+    Args:
+        query: finite embeddings of shape ``(N, D)``.
+        candidates: the stored vectors that the store found, of shape ``(N, K, D + 2)``.
+        distance: the same as for `stored_vectors`.
+
+    Returns:
+        Distances, nearest first, and positions among the candidates, both of shape ``(N, K)``.
+
+    Example:
+        >>> distance, embeddings = PoincareDistance(), torch.tensor([[0.0, 0.1], [1.0, 0.0], [0.0, 0.2]])
+        >>> rerank(embeddings[:1], stored_vectors(embeddings, distance).unsqueeze(0), distance)[1]
+        tensor([[0, 2, 1]])
+    """
+    x = _points("query", query, distance)
+    n, columns = len(query), query.shape[1] + 2
+    if candidates.ndim != 3 or candidates.shape[::2] != (n, columns):
+        expected = f"({n}, K, {columns}), vectors of stored_vectors"
+        raise ValueError(f"candidates must have shape {expected}, got shape {tuple(candidates.shape)}")
+    space = poincare.working(candidates[..., :-2].to(query.device))
+    # The stored time is rounded to float32, which would move points far from the origin.
+    time = (space.square().sum(-1, keepdim=True) + 1 / distance.c).sqrt()
+    y = poincare.from_hyperboloid(torch.cat([space, time], -1), distance.c)
+    distances, order = poincare.distance(x.unsqueeze(1), y, distance.c).sort(stable=True)
+    return distances.to(poincare.result_dtype(query)), order
+
+
+def _points(name: str, embeddings: Tensor, distance: PoincareDistance) -> Tensor:
+    """The embeddings on the ball."""
+    if not isinstance(distance, PoincareDistance):
+        raise TypeError(f"distance must be a PoincareDistance, got {type(distance).__name__}")
+    _check(name, embeddings)
+    points: Tensor = distance.maybe_normalize(embeddings, dim=-1)
+    return points
