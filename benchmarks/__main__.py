@@ -1,32 +1,28 @@
-"""Prints tables and writes JSON and plots: ``python -m benchmarks speed growth distances search``."""
+"""Prints tables and writes JSON and plots: ``python -m benchmarks speed steps growth distances search``."""
 
 import argparse
 from pathlib import Path
 
 import torch
 
-from benchmarks import distances, search, speed
-from benchmarks.report import show, write
+from benchmarks import distances, search, speed, steps
+from benchmarks.report import bars, show, write
+
+NAMES = ("speed", "steps", "growth", "distances", "search")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="speed|growth|distances|search",
-        default=["speed", "growth", "distances", "search"],
-    )
+    parser.add_argument("names", nargs="*", metavar="|".join(NAMES), default=NAMES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=10, help="timed steps of each size (default: 10)")
     parser.add_argument(
         "--output", type=Path, help="folder for JSON and plots (default: benchmarks/results, docs/images)"
     )
     args = parser.parse_args()
-    unknown = set(args.names) - {"speed", "growth", "distances", "search"}
+    unknown = set(args.names) - set(NAMES)
     if unknown:
-        names = "speed, growth, distances and search"
-        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {names}")
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     device = torch.device(args.device)
     suffix = "" if device.type == "cpu" else f"-{device.type}"
 
@@ -37,18 +33,18 @@ def main() -> None:
         show("Where the time of hierloss goes", speed.breakdown(args.device))
         if device.type == "cpu":
             show("How far the limit is", speed.limit(rows[-1]["median ms"]))
-        else:
-            from torchvision.models import resnet50
-
-            images = torch.randn(180, 3, 224, 224, device=device)
-            network = resnet50(num_classes=128).to(device)
-            show("Added to a training step of ResNet-50", speed.added_to_a_network(network, images, args.repeats))
+            show("Added to the import of PML and geoopt", speed.import_time(args.repeats))
         write(f"speed{suffix}", device, rows, None, args.output)
+    if "steps" in args.names:
+        rows = steps.compare(args.device, args.repeats)
+        show("Training steps of whole networks with ProxyAnchor, and what HIER adds", rows)
+        drawn = [row for row in rows if steps.WITHOUT not in row["step"] and steps.HEAD not in row["step"]]
+        write(f"steps{suffix}", device, rows, bars(drawn, "step", "added %"), args.output)
     if "growth" in args.names:
         rows = speed.growth(args.device, max(2, args.repeats // 3))
         show("A training step of HIER as sizes grow", rows)
-        show("With many proxies", speed.many_proxies(args.device))
         write(f"growth{suffix}", device, rows, speed.plot_growth(rows), args.output)
+        show("With many proxies", speed.many_proxies(args.device))
     if "distances" in args.names:
         rows = [row for dtype in (torch.float32, torch.bfloat16, torch.float16) for row in distances.errors(dtype)]
         show("Largest relative error of distances and their gradients", rows)

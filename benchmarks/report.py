@@ -7,8 +7,10 @@ from typing import Any
 
 import geoopt
 import matplotlib
+import numpy as np
 import pytorch_metric_learning
 import torch
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -50,6 +52,21 @@ def write(
         figure.savefig(files[1], dpi=110, bbox_inches="tight")
     for file in files:
         Console(stderr=True).print(f"wrote {file}", highlight=False)
+
+
+def bars(rows: list[dict[str, Any]], name: str, value: str) -> Figure:
+    """A horizontal bar for each row, with its smallest and largest value."""
+    unit = value.split()[-1]
+    figure, ax = plt.subplots(figsize=(7, 0.8 + 0.35 * len(rows)), layout="constrained")
+    middle, least, most = (
+        np.array([row[key] for row in rows]) for key in (value, f"least {unit}", f"most {unit}")
+    )
+    errors = middle - least, most - middle
+    ax.barh([row[name] for row in rows], middle, xerr=errors, color="#332288", ecolor="#777777")
+    ax.axvline(0, color="#777777", lw=0.8)
+    ax.set(xlabel=value)
+    ax.invert_yaxis()
+    return figure
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -220,37 +222,15 @@ def growth(device: str, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def added_to_a_network(model: torch.nn.Module, images: Tensor, repeats: int) -> list[dict[str, Any]]:
-    """A training step of a network with ProxyAnchor, in bfloat16 autocast, without and with HIER."""
-    device = images.device.type
-    labels = torch.arange(len(images), device=device) // 2
-    size = model(images[:2]).shape[1]
-    base = losses.ProxyAnchorLoss(len(images) // 2 + 1, size).to(device)
-    both = losses.MultipleLosses([base, HIERLoss(512, size).to(device)], weights=[1, 0.5])
-    optimizer = torch.optim.AdamW([*model.parameters(), *both.parameters()], lr=1e-5)
-
-    def step(loss_func: torch.nn.Module) -> Step:
-        def run() -> Tensor:
-            optimizer.zero_grad()
-            with torch.autocast(device, dtype=torch.bfloat16):
-                embeddings = model(images)
-            loss: Tensor = loss_func(embeddings.float(), labels)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return run
-
-    times = side_by_side({"ProxyAnchor": step(base), "ProxyAnchor + HIER": step(both)}, device, repeats)
-    added = [b / a - 1 for a, b in zip(*times.values(), strict=True)]
-    return [
-        {
-            "loss": name,
-            **summary(own),
-            "added %": 0.0 if name == "ProxyAnchor" else 100 * statistics.median(added),
-        }
-        for name, own in times.items()
-    ]
+def import_time(repeats: int) -> list[dict[str, Any]]:
+    """What ``import hierloss`` takes in a new process, after PML and geoopt."""
+    code = (
+        "import time, geoopt; from pytorch_metric_learning import losses, miners, distances, reducers, utils\n"
+        "start = time.perf_counter(); import hierloss; print(time.perf_counter() - start)"
+    )
+    command = [sys.executable, "-c", code]
+    times = [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(repeats)]
+    return [{"import": "hierloss", **summary(times)}]
 
 
 def many_proxies(device: str) -> list[dict[str, Any]]:

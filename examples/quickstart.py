@@ -22,7 +22,7 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hierloss import HIERLoss, ReciprocalNeighborMiner
+from hierloss import HIERLoss
 from hierloss.metrics import hierarchical_average_precision
 from hierloss.plotting import plot_disk
 
@@ -51,8 +51,7 @@ def main() -> None:
                 for with_hier in (True, False):
                     torch.manual_seed(seed)
                     model, base = make_model(), make_base()
-                    miner = ReciprocalNeighborMiner(triplets_per_anchor=10)
-                    hier = HIERLoss(64, EMBEDDING_SIZE, miner=miner, gradient_ratio=args.gradient_ratio)
+                    hier = HIERLoss(64, EMBEDDING_SIZE, gradient_ratio=args.gradient_ratio)
                     # The one line that adds HIER to a loss.
                     both = losses.MultipleLosses([base, hier])
                     train(model, both if with_hier else base, features[seen], taxonomy[seen, 0], args.steps)

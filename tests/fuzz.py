@@ -13,7 +13,6 @@ nowhere else.
 """
 
 import argparse
-import contextlib
 import math
 import random
 import sys
@@ -22,6 +21,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import geoopt
@@ -30,11 +30,11 @@ from pytorch_metric_learning import reducers
 from torch import Tensor
 from tqdm import tqdm
 
-import hierloss
 from hierloss import (
     FromPoincare,
     HIERLoss,
     PoincareDistance,
+    PoincareKNN,
     ReciprocalNeighborMiner,
     ToPoincare,
     functional,
@@ -57,18 +57,8 @@ def can_be_compared(dtype: torch.dtype) -> bool:
 
 INTEGERS = [
     dtype
-    for dtype in (
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.uint8,
-        torch.uint16,
-        torch.uint32,
-        torch.uint64,
-        torch.bool,
-    )
-    if can_be_compared(dtype)
+    for name in ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"]
+    if can_be_compared(dtype := getattr(torch, name))
 ]
 
 
@@ -76,7 +66,7 @@ INTEGERS = [
 class Case:
     """One call: ``call`` of ``inputs``, with the parameters of ``module`` as further inputs."""
 
-    call: Callable[..., Sequence[Tensor]]
+    call: Callable[..., Tensor | None]
     inputs: list[Tensor]
     module: torch.nn.Module | None = None
     by_row: bool = False
@@ -149,6 +139,13 @@ class Draw(random.Random):
         c = min(c, 80.0)  # geoopt's softplus overflows soon after
         return geoopt.PoincareBall(c=c, learnable=self.note(learnable=self.maybe(0.7))), c**-0.5
 
+    def distance(self, on_ball: float, **options: Any) -> tuple[PoincareDistance, float]:
+        """A distance, with that probability for points on the ball; and a norm that embeddings should be near."""
+        ball, radius = self.c_or_ball()
+        normalize = not self.note(on_ball=self.maybe(on_ball))
+        distance = PoincareDistance(ball, self.clip_radius(), normalize_embeddings=normalize, **options)
+        return distance, (distance.clip_radius or 1.0) if normalize else radius
+
     def clip_radius(self) -> float | None:
         kind = self.random()
         value = None if kind < 0.2 else 2.3 if kind < 0.5 else self.power_of_ten(-30 if kind < 0.7 else -3, 3)
@@ -164,52 +161,35 @@ class Draw(random.Random):
 
     def points(self, n: int, dim: int, dtype: torch.dtype, radius: float, *, name: str = "values") -> Tensor:
         """A leaf of shape (n, dim), near and far from a sphere of that radius."""
-        kinds = {
-            "normal": 6,
-            "one scale": 3,
-            "scale of each row": 3,
-            "zeros": 0.5,
-            "one point": 1,
-            "duplicates": 2,
-            "some zeros": 1,
-            "near pairs": 2,
-            "boundary": 3,
-            "inside": 3,
-            "outside": 2,
-            "axes": 1,
-        }
-        kind = self.note(**{name: self.choices(list(kinds), list(kinds.values()))[0]})
         x = self.normal(n, dim)
-        if kind == "normal":
-            x = x * (self.power_of_ten(-2, 2) / math.sqrt(dim))
-        elif kind == "zeros":
-            x = x * 0
-        else:
-            x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-9)
-        if kind == "one scale":
-            x = x * self.power_of_ten(-30, 30)
-        elif kind == "scale of each row":
-            x = x * 10 ** self.uniform_tensor(-30, 30, n, 1)
-        elif kind == "one point":
-            x = x[:1].expand(n, dim) * (radius * self.power_of_ten(-3, 1))
-        elif kind == "duplicates":
-            x = x[torch.randint(max(1, n // 2), (n,), generator=self.generator)] * radius * self.random()
-        elif kind == "some zeros":
-            x = x * (radius * self.uniform_tensor(0, 1, n, 1) * (self.uniform_tensor(0, 1, n, 1) > 0.5))
-        elif kind == "near pairs":
-            apart = 10 ** self.uniform_tensor(-20, -1, n, 1)
-            x = (x[:1] * self.random() + x * apart) * radius
-        elif kind == "boundary":
-            off = 10 ** self.uniform_tensor(-17, -1, n, 1) * torch.sign(self.uniform_tensor(-1, 1, n, 1))
-            x = x * (radius * (1 + off * (self.uniform_tensor(0, 1, n, 1) > 0.3)))
-        elif kind == "inside":
-            x = x * (radius * self.uniform_tensor(0, 1, n, 1))
-        elif kind == "outside":
-            x = x * (radius * 10 ** self.uniform_tensor(0, 30, n, 1))
-        elif kind == "axes":
-            x = torch.eye(dim, dtype=x.dtype)[torch.randint(dim, (n,), generator=self.generator)] * radius
-            x = x * self.choice((1.0, 0.5, -1.0, 2.0))
-        return self.leaf(x, dtype)
+        unit = x / x.norm(dim=1, keepdim=True).clamp_min(1e-9)
+
+        def uniform(low: float, high: float) -> Tensor:
+            return self.uniform_tensor(low, high, n, 1)
+
+        def some_of(rows: Tensor, most: int) -> Tensor:
+            return rows[torch.randint(most, (n,), generator=self.generator)]
+
+        def boundary() -> Tensor:
+            off = 10 ** uniform(-17, -1) * torch.sign(uniform(-1, 1))
+            return unit * (radius * (1 + off * (uniform(0, 1) > 0.3)))
+
+        kinds: dict[str, tuple[float, Callable[[], Tensor]]] = {
+            "normal": (6, lambda: x * (self.power_of_ten(-2, 2) / math.sqrt(dim))),
+            "one scale": (3, lambda: unit * self.power_of_ten(-30, 30)),
+            "scale of each row": (3, lambda: unit * 10 ** uniform(-30, 30)),
+            "zeros": (0.5, lambda: x * 0),
+            "one point": (1, lambda: unit[:1].expand(n, dim) * (radius * self.power_of_ten(-3, 1))),
+            "duplicates": (2, lambda: some_of(unit, max(1, n // 2)) * radius * self.random()),
+            "some zeros": (1, lambda: unit * (radius * uniform(0, 1) * (uniform(0, 1) > 0.5))),
+            "near pairs": (2, lambda: (unit[:1] * self.random() + unit * 10 ** uniform(-20, -1)) * radius),
+            "boundary": (3, boundary),
+            "inside": (3, lambda: unit * (radius * uniform(0, 1))),
+            "outside": (2, lambda: unit * (radius * 10 ** uniform(0, 30))),
+            "axes": (1, lambda: some_of(torch.eye(dim), dim).double() * radius * self.choice((1, 0.5, -1, 2))),
+        }
+        kind = self.note(**{name: self.choices(list(kinds), [weight for weight, _ in kinds.values()])[0]})
+        return self.leaf(kinds[kind][1](), dtype)
 
     def leaf(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The values as a leaf of that dtype, in some memory layout, with or without gradient."""
@@ -260,13 +240,18 @@ class Draw(random.Random):
 # --- what is called -----------------------------------------------------------------------------------------
 
 
+def of_ball(function: Callable[..., Tensor], c: float | Tensor, *inputs: Tensor, **judged: bool) -> Case:
+    """A case of a function whose last argument is ``c``: an input, if it is a tensor."""
+    if isinstance(c, Tensor):
+        return Case(function, [*inputs, c], **judged)
+    return Case(lambda *tensors: function(*tensors, c), [*inputs], **judged)
+
+
 def map_of_points(function: Callable[..., Tensor]) -> Callable[[Draw], Case]:
     def target(draw: Draw) -> Case:
         n, dim = draw.rows()
         dtype, (c, radius) = draw.dtype(), draw.c_or_tensor()
-        x = draw.reshaped(draw.points(n, dim, dtype, radius))
-        inputs = [x, c] if isinstance(c, Tensor) else [x]
-        return Case(lambda x, c=c: [function(x, c)], inputs, by_row=True)
+        return of_ball(function, c, draw.reshaped(draw.points(n, dim, dtype, radius)), by_row=True)
 
     return target
 
@@ -274,7 +259,7 @@ def map_of_points(function: Callable[..., Tensor]) -> Callable[[Draw], Case]:
 def clip_norm(draw: Draw) -> Case:
     (n, dim), radius = draw.rows(), draw.clip_radius()
     x = draw.reshaped(draw.points(n, dim, draw.dtype(), radius or 1.0))
-    return Case(lambda x: [poincare.clip_norm(x, radius)], [x], by_row=True)
+    return Case(partial(poincare.clip_norm, radius=radius), [x], by_row=True)
 
 
 def from_hyperboloid(draw: Draw) -> Case:
@@ -282,16 +267,14 @@ def from_hyperboloid(draw: Draw) -> Case:
     space = draw.points(n, dim, torch.float64, radius).detach()
     time = (radius**2 + space.square().sum(-1, keepdim=True)).sqrt()
     x = draw.leaf(torch.cat([space, time], -1), draw.dtype())
-    inputs = [x, c] if isinstance(c, Tensor) else [x]
-    return Case(lambda x, c=c: [poincare.from_hyperboloid(x, c)], inputs, by_row=True)
+    return of_ball(poincare.from_hyperboloid, c, x, by_row=True)
 
 
 def lift_references(draw: Draw) -> Case:
     (n, dim), (c, radius) = draw.rows(), draw.c_or_tensor()
     x = draw.points(n, dim, draw.dtype(), radius)
     farthest = draw.note(max_distance=draw.choice((None, draw.power_of_ten(-3, 4))))
-    inputs = [x, c] if isinstance(c, Tensor) else [x]
-    return Case(lambda x, c=c: [poincare.lift_references(x, c, farthest)], inputs)
+    return of_ball(partial(poincare.lift_references, max_distance=farthest), c, x)
 
 
 def distance(draw: Draw) -> Case:
@@ -304,8 +287,7 @@ def distance(draw: Draw) -> Case:
         y = draw.leaf(x.detach().double() * (1 + draw.power_of_ten(-17, -1)), dtype)
     else:
         y = draw.points(1 if other == "one" else x.shape[0] if x.ndim == 2 else 1, dim, dtype, radius)
-    inputs = [x, y, c] if isinstance(c, Tensor) else [x, y]
-    return Case(lambda x, y, c=c: [poincare.distance(x, y, c)], inputs, not_negative=True)
+    return of_ball(poincare.distance, c, x, y, not_negative=True)
 
 
 def pairs(draw: Draw) -> tuple[int, int, int]:
@@ -323,26 +305,19 @@ def pairwise_distance(draw: Draw) -> Case:
     if draw.maybe(0.1):
         x = x.detach().expand(2, n, dim).requires_grad_(x.requires_grad)
     result = draw.note(result=draw.choice((None, None, torch.float32, torch.float64)))
-    inputs = [x, y, c] if isinstance(c, Tensor) else [x, y]
-    return Case(lambda x, y, c=c: [poincare.pairwise_distance(x, y, c, result)], inputs, not_negative=True)
+    return of_ball(partial(poincare.pairwise_distance, dtype=result), c, x, y, not_negative=True)
 
 
 def distances_between(draw: Draw, n: int, m: int, dtype: torch.dtype) -> Tensor:
-    kind = draw.note(values=draw.choice(("uniform", "scale", "ties", "zeros", "hyperbolic", "one scale")))
-    if kind == "uniform":
-        d = draw.uniform_tensor(0, 9.2, n, m)
-    elif kind == "scale":
-        d = 10 ** draw.uniform_tensor(-30, 30, n, m)
-    elif kind == "ties":
-        d = draw.uniform_tensor(0, 5, n, m).round()
-    elif kind == "zeros":
-        d = torch.zeros(n, m, dtype=torch.float64)
-    elif kind == "one scale":
-        d = draw.uniform_tensor(0, 1, n, m) * draw.power_of_ten(-30, 30)
-    else:
-        x, y = (draw.normal(k, 3) for k in (n, m))
-        d = PoincareDistance()(x, x if n == m else y)
-    return draw.leaf(d, dtype)
+    kinds: dict[str, Callable[[], Tensor]] = {
+        "uniform": lambda: draw.uniform_tensor(0, 9.2, n, m),
+        "scale": lambda: 10 ** draw.uniform_tensor(-30, 30, n, m),
+        "ties": lambda: draw.uniform_tensor(0, 5, n, m).round(),
+        "zeros": lambda: torch.zeros(n, m, dtype=torch.float64),
+        "hyperbolic": lambda: PoincareDistance()(x := draw.normal(n, 3), x if n == m else draw.normal(m, 3)),
+        "one scale": lambda: draw.uniform_tensor(0, 1, n, m) * draw.power_of_ten(-30, 30),
+    }
+    return draw.leaf(kinds[draw.note(values=draw.choice(list(kinds)))](), dtype)
 
 
 def reciprocal_triplets(draw: Draw) -> Case:
@@ -350,10 +325,9 @@ def reciprocal_triplets(draw: Draw) -> Case:
     d, labels = distances_between(draw, n, n, draw.dtype()), draw.labels(n)
     k, even = draw.note(k=draw.count(2, 2 * n + 2)), draw.note(even=draw.maybe(0.3))
 
-    def call(d: Tensor) -> list[Tensor]:
+    def call(d: Tensor) -> None:
         mined = functional.reciprocal_triplets(d, labels, num_neighbors=k, triplets_per_anchor=t, random=not even)
         check_triplets(mined[:3], n)
-        return []
 
     return Case(call, [d], not_finite_is_seen=False)
 
@@ -383,44 +357,30 @@ def hierarchical_triplet_loss(draw: Draw) -> Case:
     margin = draw.note(margin=draw.choice((0.0, 0.1, draw.power_of_ten(-3, 3))))
     temperature = draw.note(temperature=draw.choice((0.1, draw.power_of_ten(-3, 3))))
 
-    def call(d: Tensor, noise: Tensor | None = None) -> list[Tensor]:
-        losses, ancestors = functional.hierarchical_triplet_loss(
-            d, triplets, margin=margin, temperature=temperature, noise=noise
-        )
+    def call(d: Tensor, noise: Tensor | None = None) -> Tensor:
+        options = {"margin": margin, "temperature": temperature, "noise": noise}
+        losses, ancestors = functional.hierarchical_triplet_loss(d, triplets, **options)
         check_triplets(ancestors, p)
-        return [losses]
+        return losses
 
     return Case(call, inputs, not_negative=True)
 
 
 def poincare_distance(draw: Draw) -> Case:
     (n, m, dim), dtype = pairs(draw), draw.dtype()
-    ball, radius = draw.c_or_ball()
-    on_ball = draw.note(on_ball=draw.maybe(0.4))
     kind = draw.note(kind=draw.choice(("all pairs", "with ref_emb", "pairwise", "normalize")))
-    module = PoincareDistance(
-        c=ball,
-        clip_radius=draw.clip_radius(),
-        normalize_embeddings=not on_ball,
-        power=draw.choice((1, 1, 1, 2)),
-        collect_stats=draw.maybe(0.2),
-    )
-    radius = radius if on_ball else module.clip_radius or 1.0
+    module, radius = draw.distance(0.4, power=draw.choice((1, 1, 1, 2)), collect_stats=draw.maybe(0.2))
     x = draw.points(n, dim, dtype, radius)
     if kind == "all pairs":
-        return Case(lambda x: [module(x)], [x], module, not_negative=True)
+        return Case(module, [x], module, not_negative=True)
     if kind == "normalize":
-        return Case(lambda x: [module.normalize(x)], [x], module, by_row=True)
-    if kind == "pairwise":
-        y = draw.points(n, dim, dtype, radius, name="values of y")
-        return Case(
-            lambda x, y: [module.pairwise_distance(*(module.maybe_normalize(t) for t in (x, y)))],
-            [x, y],
-            module,
-            not_negative=True,
-        )
-    y = draw.points(m, dim, dtype, radius, name="values of y")
-    return Case(lambda x, y: [module(x, y)], [x, y], module, not_negative=True)
+        return Case(module.normalize, [x], module, by_row=True)
+    y = draw.points(n if kind == "pairwise" else m, dim, dtype, radius, name="values of y")
+
+    def pairwise(*tensors: Tensor) -> Tensor:
+        return module.pairwise_distance(*map(module.maybe_normalize, tensors))
+
+    return Case(pairwise if kind == "pairwise" else module, [x, y], module, not_negative=True)
 
 
 def to_poincare(draw: Draw) -> Case:
@@ -428,7 +388,7 @@ def to_poincare(draw: Draw) -> Case:
     ball, _ = draw.c_or_ball()
     module = ToPoincare(ball, draw.clip_radius(), riemannian_gradient=draw.note(riemannian=draw.maybe(0.3)))
     x = draw.reshaped(draw.points(n, dim, draw.dtype(), module.clip_radius or 1.0))
-    return Case(lambda x: [module(x)], [x], module, by_row=True)
+    return Case(module, [x], module, by_row=True)
 
 
 def from_poincare(draw: Draw) -> Case:
@@ -436,7 +396,7 @@ def from_poincare(draw: Draw) -> Case:
     ball, radius = draw.c_or_ball()
     module = FromPoincare(ball)
     x = draw.reshaped(draw.points(n, dim, draw.dtype(), radius))
-    return Case(lambda x: [module(x)], [x], module, by_row=True)
+    return Case(module, [x], module, by_row=True)
 
 
 def miner_of(draw: Draw, n: int, t: int, distance: PoincareDistance) -> ReciprocalNeighborMiner:
@@ -445,16 +405,13 @@ def miner_of(draw: Draw, n: int, t: int, distance: PoincareDistance) -> Reciproc
 
 def reciprocal_neighbor_miner(draw: Draw) -> Case:
     n, dim, t = draw.sizes(lambda n, d, t: n * n * (10 + d / 4) + n * (8 * d + 10 * t), B=1000, D=2048, t=50)
-    ball, radius = draw.c_or_ball()
-    on_ball = draw.maybe(0.3)
-    module = miner_of(draw, n, t, PoincareDistance(ball, draw.clip_radius(), normalize_embeddings=not on_ball))
-    x = draw.points(n, dim, draw.dtype(), radius if on_ball else module.distance.clip_radius or 1.0)
-    labels = draw.labels(n)
+    distance, radius = draw.distance(0.3)
+    module = miner_of(draw, n, t, distance)
+    x, labels = draw.points(n, dim, draw.dtype(), radius), draw.labels(n)
     labels = torch.zeros(n, dtype=torch.long) if labels is None else labels
 
-    def call(x: Tensor) -> list[Tensor]:
+    def call(x: Tensor) -> None:
         check_triplets(module(x, labels), n)
-        return []
 
     return Case(call, [x], module, not_finite_is_seen=False)
 
@@ -465,10 +422,7 @@ def hier_loss(draw: Draw) -> Case:
         return n * n * 10 + q * p * (10 + d / 4) + q * d * 8 + 20 * q * t * p
 
     n, p, dim, t = draw.sizes(work, B=1000, P=5000, D=2048, t=50)
-    dtype = draw.dtype()
-    ball, radius = draw.c_or_ball()
-    on_ball = draw.note(on_ball=draw.maybe(0.2))
-    distance = PoincareDistance(ball, draw.clip_radius(), normalize_embeddings=not on_ball)
+    dtype, (distance, radius) = draw.dtype(), draw.distance(0.2)
     module = HIERLoss(
         num_proxies=p,
         embedding_size=draw.choice((None, dim)),
@@ -480,60 +434,53 @@ def hier_loss(draw: Draw) -> Case:
         reducer=draw.note(reducer=draw.choice((None, None, reducers.SumReducer(), reducers.AvgNonZeroReducer()))),
         collect_stats=draw.maybe(0.1),
     )
-    x, labels = draw.points(n, dim, dtype, radius if on_ball else distance.clip_radius or 1.0), draw.labels(n)
+    x, labels = draw.points(n, dim, dtype, radius), draw.labels(n)
     if draw.maybe(0.1) and module.embedding_size is not None:
         # Not a learnable curvature: its gradient is a sum of large terms that cancel, which float16 cannot hold.
-        module.proxies.data = module.proxies.data.to(
-            draw.note(proxies=draw.choice((torch.float16, torch.bfloat16, torch.float64)))
-        )
+        kind = draw.note(proxies=draw.choice((torch.float16, torch.bfloat16, torch.float64)))
+        module.proxies.data = module.proxies.data.to(kind)
     module.train(draw.note(training=draw.maybe(0.75)))
     autocast = draw.note(autocast=draw.maybe(0.05))
 
-    def call(x: Tensor) -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
-            return [module(x, labels)]
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return module(x, labels)
 
     return Case(call, [x], module, not_negative=True)
 
 
 def poincare_knn(draw: Draw) -> Case:
     n, m, dim = pairs(draw)
-    ball, radius = draw.c_or_ball()
-    on_ball = draw.maybe(0.4)
-    distance = PoincareDistance(ball, draw.clip_radius(), normalize_embeddings=not on_ball)
-    knn = hierloss.PoincareKNN(distance)
-    radius = radius if on_ball else distance.clip_radius or 1.0
-    dtype = draw.dtype()
+    dtype, (distance, radius) = draw.dtype(), draw.distance(0.4)
+    knn = PoincareKNN(distance)
     x = draw.points(n, dim, dtype, radius)
     together = draw.note(ref_includes_query=draw.maybe(0.3))
     y = x if together else draw.points(m, dim, dtype, radius, name="values of y")
     k = draw.note(k=draw.randint(0, n - 1) if together else draw.count(1, m))
 
-    def call(x: Tensor, y: Tensor) -> list[Tensor]:
+    def call(x: Tensor, y: Tensor) -> Tensor | None:
         try:
             distances, indices = knn(x, k, x if together else y, together)
         except ValueError as error:  # it refuses what is not finite
             if "must be finite, got NaN or infinity in row" in str(error) and "spoiled" in draw.notes:
-                return []
+                return None
             raise
         check_triplets([indices], len(y))
-        return [distances]
+        return distances
 
     return Case(call, [x, y], distance, not_negative=True, not_finite_is_seen=False)
 
 
 TARGETS: dict[str, tuple[float, Callable[[Draw], Case]]] = {
+    **{
+        f"poincare.{name}": (1.5, map_of_points(getattr(poincare, name)))
+        for name in ("exp_map0", "lift_queries", "log_map0", "project", "riemannian_gradient", "to_hyperboloid")
+    },
     "poincare.clip_norm": (1.5, clip_norm),
     "poincare.distance": (2, distance),
-    "poincare.exp_map0": (1.5, map_of_points(poincare.exp_map0)),
     "poincare.from_hyperboloid": (1.5, from_hyperboloid),
-    "poincare.lift_queries": (1, map_of_points(poincare.lift_queries)),
     "poincare.lift_references": (1, lift_references),
-    "poincare.log_map0": (1.5, map_of_points(poincare.log_map0)),
     "poincare.pairwise_distance": (3, pairwise_distance),
-    "poincare.project": (1.5, map_of_points(poincare.project)),
-    "poincare.riemannian_gradient": (1.5, map_of_points(poincare.riemannian_gradient)),
-    "poincare.to_hyperboloid": (1.5, map_of_points(poincare.to_hyperboloid)),
     "functional.hierarchical_triplet_loss": (3, hierarchical_triplet_loss),
     "functional.reciprocal_triplets": (2, reciprocal_triplets),
     "FromPoincare": (1, from_poincare),
@@ -561,6 +508,8 @@ class Report:
     """Of every function or module."""
     seconds: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
+    drawn: dict[str, Any] = field(default_factory=dict)
+    """In the last case."""
 
     def __str__(self) -> str:
         lines = [f"{'':38}{'cases':>10}{'CPU ms each':>14}"]
@@ -579,17 +528,17 @@ def run_case(seed: int, number: int, notes: dict[str, Any]) -> None:
     case = TARGETS[name][1](draw)
     if not_finite and all(x.numel() for x in case.inputs):
         spoiled = spoil(draw, case)
-        outputs, _ = run(case, draw.torch_seed, gradients=False)
+        found = run(case, draw.torch_seed, gradients=False)
         if case.not_finite_is_seen:
-            check_not_finite(case, spoiled, outputs)
+            check_not_finite(case, spoiled, found["result"])
         return
-    outputs, grads = run(case, draw.torch_seed)
-    if case.not_negative and any(bool((out < 0).any()) for out in outputs):
-        raise Failure(f"a negative result, {min(float(out.min()) for out in outputs)}")
-    wrong = not_finite_of(outputs, grads)
+    found = run(case, draw.torch_seed)
+    if case.not_negative and (found["result"] < 0).any():
+        raise Failure(f"a negative result, {float(found['result'].min())}")
+    wrong = {key: value for key, value in found.items() if not value.isfinite().all()}
     if wrong and all(value.dtype in FLOATS[:2] for value in wrong.values()):
         in_float32(case)
-        exact = dict(everything(*run(case, draw.torch_seed)))
+        exact = run(case, draw.torch_seed)
         for key, value in list(wrong.items()):
             largest = torch.finfo(value.dtype).max
             if exact[key].isfinite().all() and (exact[key][~value.isfinite()].abs() > 0.99 * largest).all():
@@ -599,30 +548,19 @@ def run_case(seed: int, number: int, notes: dict[str, Any]) -> None:
         raise Failure(f"{key}, {value.dtype}, is not finite: {value[~value.isfinite()][:3].tolist()}, ...")
 
 
-def run(case: Case, torch_seed: int, gradients: bool = True) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-    """Results, and the gradients of a weighted sum of them."""
+def run(case: Case, torch_seed: int, gradients: bool = True) -> dict[str, Tensor]:
+    """The result, if there is one, and the gradients of a weighted sum of it."""
     torch.default_generator.manual_seed(torch_seed)
-    outputs = case.call(*case.inputs)
+    result = case.call(*case.inputs)
     leaves = {f"gradient of input {i}": x for i, x in enumerate(case.inputs) if x.requires_grad}
     if case.module is not None:
         leaves |= {f"gradient of {name}": p for name, p in case.module.named_parameters() if p.requires_grad}
-    if not gradients or not leaves or not any(out.requires_grad for out in outputs):
-        return outputs, {}
-    total = sum(
-        (out * torch.linspace(-1, 1.5, out.numel()).view_as(out)).sum() if out.ndim else out
-        for out in outputs
-        if out.requires_grad
-    )
-    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return outputs, {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
-
-
-def everything(outputs: Sequence[Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"result {i}": out.detach() for i, out in enumerate(outputs)} | grads
-
-
-def not_finite_of(outputs: Sequence[Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: t for key, t in everything(outputs, grads).items() if not bool(t.isfinite().all())}
+    found = {} if result is None else {"result": result.detach()}
+    if gradients and leaves and result is not None and result.requires_grad:
+        weights = torch.linspace(-1, 1.5, result.numel()).view_as(result) if result.ndim else 1
+        grads = torch.autograd.grad((result * weights).sum(), list(leaves.values()), allow_unused=True)
+        found |= {name: grad for name, grad in zip(leaves, grads, strict=True) if grad is not None}
+    return found
 
 
 def in_float32(case: Case) -> None:
@@ -661,11 +599,11 @@ def spoil(draw: Draw, case: Case) -> int | None:
     return where
 
 
-def check_not_finite(case: Case, spoiled: int | None, outputs: Sequence[Tensor]) -> None:
-    if all(bool(out.isfinite().all()) for out in outputs) and any(out.numel() for out in outputs):
+def check_not_finite(case: Case, spoiled: int | None, result: Tensor) -> None:
+    if result.numel() and result.isfinite().all():
         raise Failure("a finite result of input that is not finite")
     if case.by_row and spoiled == 0:
-        bad = [~t.isfinite().all(-1) for t in (case.inputs[0], outputs[0])]
+        bad = [~t.isfinite().all(-1) for t in (case.inputs[0], result)]
         if not torch.equal(*bad):
             raise Failure("a row that is not finite spoils another")
 
@@ -674,7 +612,7 @@ def fuzz(numbers: Iterable[int], seed: int) -> Report:
     """Run the cases of these numbers; stop at ``MAX_FAILURES``."""
     report = Report()
     for number in numbers:
-        notes: dict[str, Any] = {}
+        notes = report.drawn = {}
         start = time.process_time()
         try:
             run_case(seed, number, notes)
@@ -694,10 +632,8 @@ def fuzz(numbers: Iterable[int], seed: int) -> Report:
 def describe(seed: int, number: int, notes: dict[str, Any], error: Exception) -> str:
     what = str(error) if isinstance(error, Failure) else "".join(traceback.format_exception(error)).rstrip()
     drawn = ", ".join(f"{key}={value}" for key, value in notes.items() if key != "name")
-    return (
-        f"case {number} of seed {seed}, {notes['name']}: {what}\n"
-        f"    drawn: {drawn}\n    again: python tests/fuzz.py --seed {seed} --first {number} --cases 1"
-    )
+    again = f"python tests/fuzz.py --seed {seed} --first {number} --cases 1"
+    return f"case {number} of seed {seed}, {notes['name']}: {what}\n    drawn: {drawn}\n    again: {again}"
 
 
 def main() -> int:
@@ -710,13 +646,8 @@ def main() -> int:
     torch.set_num_threads(1)
     print(f"{args.cases:,} cases of seed {seed} from {args.first:,} on; torch {torch.__version__}", flush=True)
     numbers = range(args.first, args.first + args.cases)
-    if args.cases == 1:
-        notes: dict[str, Any] = {}
-        with contextlib.suppress(Exception):  # which the report has
-            run_case(seed, args.first, notes)
-        print(notes)
     report = fuzz(tqdm(numbers, smoothing=0.02, mininterval=1 if sys.stderr.isatty() else 60), seed)
-    print(report)
+    print(report.drawn if args.cases == 1 else "", report, sep="\n")
     return bool(report.failures)
 
 

@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 
-from benchmarks import distances, hierarchy, plain, search, speed
+from benchmarks import distances, hierarchy, plain, search, speed, steps
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,13 +78,17 @@ def test_memory_does_not_grow_with_triplets_times_proxies():
 
 
 def test_what_is_added_to_a_network():
-    """On a GPU the network is ResNet-50; here one so small that the loss is most of the step."""
+    """A network so small that the loss is most of the step."""
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8))
-    without, with_hier = speed.added_to_a_network(network, torch.randn(40, 3, 2, 2), 3)
-    assert (without["loss"], with_hier["loss"]) == ("ProxyAnchor", "ProxyAnchor + HIER")
+    without, few, many = steps.added("tiny", network, torch.randn(40, 3, 2, 2), 3)
+    assert [row["step"] for row in (without, few, many)] == [
+        "tiny, no HIER",
+        "tiny, 64 proxies",
+        "tiny, 512 proxies",
+    ]
     assert without["added %"] == 0
-    assert with_hier["added %"] > 100
-    assert with_hier["median ms"] > without["median ms"]
+    assert many["added %"] > few["added %"] > 50
+    assert few["least %"] <= few["added %"] <= few["most %"]
 
 
 def test_exact_distances_of_the_benchmark():

@@ -166,11 +166,21 @@ def test_the_whole_study_and_resuming(folder, monkeypatch, capsys):
 
 
 def test_up_and_down_are_beyond_the_interval():
-    difference = report.paired([1.0, 1.2, 0.8])
-    assert (difference.is_up, difference.is_down) == (True, False)
-    assert (report.paired([-1.0, -1.2, -0.8]).is_down, report.paired([1.0, -1.2]).is_up) == (True, False)
-    assert not report.paired([5.0]).is_up
-    assert str(difference) == "+1.0 ± 0.5"
+    """Gains of four methods over a base loss, in one cell and three seeds; the last has a single seed."""
+    gained = {"up": [1.0, 1.2, 0.8], "down": [-1.0, -1.2, -0.8], "neither": [1.0, -1.2, 0.3], "one seed": [5.0]}
+    rows = []
+    for method, values in ({"none": [0.0, 0.0, 0.0]} | gained).items():
+        for seed, value in enumerate(values):
+            curve = {"1": {"test": dict.fromkeys(training.SCORES, 50 + seed + value)}}
+            rows.append({"dataset": "cub", "loss": "SupCon", "method": method, "seed": seed, "curve": curve})
+    found = report.gains(report.scores(rows, "test", {"best length": lambda row: row["curve"]["1"]}))
+    lines = dict(line.split("|")[1:4:2] for line in report.table(found).splitlines()[2:])
+    assert {method.strip(): cell.strip() for method, cell in lines.items()} == {
+        "up": "+1.0 ± 0.5 (1 up, 0 down of 1)",
+        "down": "-1.0 ± 0.5 (0 up, 1 down of 1)",
+        "neither": "+0.0 ± 2.8 (0 up, 0 down of 1)",
+        "one seed": "+5.0 ± nan (0 up, 0 down of 1)",
+    }
 
 
 # --- trained encoders ---------------------------------------------------------------------------------------
@@ -270,10 +280,11 @@ def test_study_of_texts_resumes_and_reports(clinc, monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     for loss, seeds in {"ProxyAnchor": [0, 2], "MultiSimilarity": [0, 1, 2]}.items():
         scores = {(r["method"], r["seed"]): r["curve"]["3"]["test"]["H-AP"] for r in rows if r["loss"] == loss}
-        difference = report.paired([scores["ratio 0.3", s] - scores["none", s] for s in seeds])
+        gained = [scores["ratio 0.3", s] - scores["none", s] for s in seeds]
+        half = stats.sem(gained) * stats.t.ppf(0.975, len(seeds) - 1)
         start = f"| clinc150, {loss} | 3 steps |"
         (line,) = (x for x in printed if x.startswith(f"{start} ratio 0.3 |"))
-        assert line.endswith(f"| {difference} |")
+        assert line.endswith(f"| {np.mean(gained):+.1f} ± {half:.1f} |")
         assert line.split("|")[4].strip() == str(len(seeds))
         (line,) = (x for x in printed if x.startswith(f"{start} none |"))
         assert line.endswith(f"| {np.mean([scores['none', s] for s in seeds]):.1f} |")

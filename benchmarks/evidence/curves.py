@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from . import study
-from .report import IMAGES, Difference, Row, differences
+from .report import CELL, IMAGES, Row, differences, gains, markdown, scores
 from .training import SCORES
 
 __all__ = ["METHODS", "make_parser", "perform", "table", "write"]
@@ -55,65 +55,56 @@ def perform(
             file.write(json.dumps(row) + "\n")
 
 
-def at_point(rows: list[Row], point: str) -> tuple[dict[str, float], dict[str, list[Difference]]]:
-    """Mean scores of the base loss alone, and differences to it by method; over seeds that all methods have."""
-    own = [row for row in rows if point in row["curve"]]
-    methods = dict.fromkeys(row["method"] for row in own)
-    seeds = set.intersection(*({row["seed"] for row in own if row["method"] == method} for method in methods))
-    own = [row for row in own if row["seed"] in seeds]
-    found = differences(own, "test", lambda row: row["curve"][point])
-    alone = [row["curve"][point]["test"] for row in own if row["method"] == "none"]
-    means = {score: float(np.mean([values[score] for values in alone])) for score in SCORES}
-    return means, {m: [d for key, d in found.items() if key[2] == m] for m in methods}
+def paired_scores(rows: list[Row]) -> pd.DataFrame:
+    """Scores at each point of training, of the seeds that all methods of a cell have."""
+    points = sorted({int(point) for row in rows for point in row["curve"]})
+    found = scores(rows, "test", {point: lambda row, p=str(point): row["curve"].get(p) for point in points})
+    cells = [own.unstack("method").dropna().stack("method") for _, own in found.groupby(CELL, sort=False)]
+    return pd.concat(cells)[list(SCORES)].reorder_levels(found.index.names)
 
 
-def curves_of(rows: list[Row]) -> dict[tuple[str, str], dict[str, Any]]:
-    """By data set and base loss: what ``at_point`` says of each point of training."""
-    cells: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        cells.setdefault((row["dataset"], row["loss"]), []).append(row)
-    return {
-        cell: {p: at_point(own, p) for p in sorted(set().union(*(row["curve"] for row in own)), key=int)}
-        for cell, own in cells.items()
-    }
-
-
-def table(rows: list[Row]) -> str:
+def table(found: pd.DataFrame) -> str:
     """Scores of the base losses alone, and the differences of the methods to them."""
-    head = ["data, base loss", "after", "method", "seeds", *SCORES]
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-    for (dataset, loss), points in curves_of(rows).items():
-        for point, (alone, gains) in points.items():
-            for method, by_score in gains.items():
-                if method != "none" and point == "0":
-                    continue  # before training, all methods are the same
-                values = map(str, by_score) if method != "none" else (f"{mean:.1f}" for mean in alone.values())
-                start = [f"{dataset}, {loss}", f"{point} {UNITS[dataset]}", method, str(by_score[0].seeds)]
-                lines.append(f"| {' | '.join([*start, *values])} |")
-    return "\n".join(lines)
+    cells = ["length", *CELL]
+    alone = found.xs("none", level="method")
+    lines = []
+    means, halves = differences(gains(found))
+    for (length, dataset, loss), own in alone.groupby(cells, sort=False):
+        start = [f"{dataset}, {loss}", f"{length} {UNITS[dataset]}"]
+        lines.append([*start, "none", str(len(own)), *(f"{mean:.1f}" for mean in own.mean())])
+        if length:  # before training, all methods are the same
+            mean, half = (frame.xs((length, dataset, loss), level=cells) for frame in (means, halves))
+            for method in mean.index:
+                values = [f"{m:+.1f} ± {h:.1f}" for m, h in zip(mean.loc[method], half.loc[method], strict=True)]
+                lines.append([*start, method, str(len(own)), *values])
+    return markdown(["data, base loss", "after", "method", "seeds", *SCORES], lines)
 
 
-def figure(rows: list[Row]) -> Figure:
+def figure(found: pd.DataFrame) -> Figure:
     """Mean scores over training; bars are the interval of the paired difference to the base loss alone."""
-    cells = curves_of(rows)
+    cells = [*found.groupby(CELL, sort=False)]
+    _, halves = differences(gains(found))
     picture = Figure(figsize=(11, 2.4 * len(cells)), layout="constrained")
     axes = picture.subplots(len(cells), len(SCORES), squeeze=False)
-    for line, ((dataset, loss), points) in zip(axes, cells.items(), strict=True):
-        for column, (score, ax) in enumerate(zip(SCORES, line, strict=True)):
-            for shift, (method, color) in enumerate(METHODS.items()):
-                shown = {
-                    int(p): (alone[score], g[method][column]) for p, (alone, g) in points.items() if method in g
-                }
-                where = [point + 0.008 * shift * max(shown) for point in shown]
-                # Intervals of two seeds are wider than the picture.
-                bars = [d.half_width if d.seeds > 2 and method != "none" else 0.0 for _, d in shown.values()]
-                means = [alone + difference.mean for alone, difference in shown.values()]
-                ax.errorbar(where, means, bars, color=color, lw=1.5, capsize=2, marker="o", ms=3, label=method)
+    for line, ((dataset, loss), own) in zip(axes, cells, strict=True):
+        seeds = own.index.unique("seed")
+        own = own.groupby(["method", "length"]).mean()
+        for shift, (method, color) in enumerate(METHODS.items()):
+            if method not in own.index.unique("method"):
+                continue
+            shown = own.loc[method]
+            where = shown.index + 0.008 * shift * shown.index.max()
+            for score, ax in zip(SCORES, line, strict=True):
+                bars = None
+                if method != "none" and len(seeds) > 2:  # intervals of two seeds are wider than the picture
+                    bars = halves.xs((dataset, loss, method), level=[*CELL, "method"])[score].reindex(shown.index)
+                style = {"color": color, "lw": 1.5, "capsize": 2, "marker": "o", "ms": 3, "label": method}
+                ax.errorbar(where, shown[score], bars, **style)
+        for score, ax in zip(SCORES, line, strict=True):
             ax.spines[["top", "right"]].set_visible(False)
             ax.set_xlabel(UNITS[dataset], fontsize=8)
             ax.set_title(f"{score}, %", fontsize=9)
-        seeds = {d.seeds for _, gains in points.values() for by_score in gains.values() for d in by_score}
-        line[0].set_ylabel(f"{dataset}, {loss}\n{' or '.join(map(str, sorted(seeds)))} seeds", fontsize=8)
+        line[0].set_ylabel(f"{dataset}, {loss}\n{len(seeds)} seeds", fontsize=8)
     axes[0, 0].legend(fontsize=7, frameon=False)
     return picture
 
@@ -122,6 +113,7 @@ def write(folder: Path, images: Path) -> None:
     """Print the table and draw the picture."""
     rows = [row for name in STUDIES.values() for row in study.read(name, folder)]
     if rows:
-        print(table(rows))
+        found = paired_scores(rows)
+        print(table(found))
         images.mkdir(parents=True, exist_ok=True)
-        figure(rows).savefig(images / "end-to-end.png", dpi=110)
+        figure(found).savefig(images / "end-to-end.png", dpi=110)

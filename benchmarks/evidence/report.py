@@ -1,13 +1,12 @@
 """What the runs say: one table, one picture, and all differences as CSV."""
 
-import csv
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
-import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -16,103 +15,98 @@ from .training import METHODS, SCORES
 
 matplotlib.use("Agg")
 
-__all__ = ["IMAGES", "Difference", "choose", "differences", "paired", "write"]
+__all__ = ["IMAGES", "choose", "differences", "gains", "interval", "scores", "write"]
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images" / "evidence"
-SHOWN = ("lambda 1", "ratio 0.3", "ratio 0.3, frozen", "distillation 0.3")
-"""Methods in the picture."""
+SHOWN = {
+    "lambda 1": "#332288",
+    "ratio 0.3": "#CC6677",
+    "ratio 0.3, frozen": "#117733",
+    "distillation 0.3": "#DDAA33",
+}
+"""Methods in the picture, and their colours."""
+CELL = ["dataset", "loss"]
 Row = dict[str, Any]
-Scores = dict[str, float]
+Points = dict[Any, Callable[[Row], Any]]
+"""By name: functions that pick a point of the curve of a run, or ``None`` where the run does not have it."""
 
 
-class Difference(NamedTuple):
-    """Mean of paired differences, with the half width of its 95% confidence interval."""
-
-    mean: float
-    half_width: float
-    seeds: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.1f} ± {self.half_width:.1f}"
-
-    @property
-    def is_up(self) -> bool:
-        return self.mean > self.half_width
-
-    @property
-    def is_down(self) -> bool:
-        return -self.mean > self.half_width
+def scores(rows: list[Row], part: str, points: Points) -> pd.DataFrame:
+    """A row for each point of each run, and a column for each score."""
+    keys = [*CELL, "method", "seed"]
+    found = [
+        {"length": name, **{key: row[key] for key in keys}, **at(row)[part]}
+        for name, at in points.items()
+        for row in rows
+        if at(row)
+    ]
+    return pd.DataFrame(found, columns=["length", *keys, *SCORES]).set_index(["length", *keys])
 
 
-def paired(values: Sequence[float]) -> Difference:
-    """The mean of differences and its interval, from Student's t distribution."""
-    count = len(values)
-    half = stats.t.ppf(0.975, count - 1) * stats.sem(values) if count > 1 else np.inf
-    return Difference(float(np.mean(values)), float(half), count)
+def gains(found: pd.DataFrame) -> pd.DataFrame:
+    """Differences to the base loss alone, of the seeds that both have."""
+    alone = found.xs("none", level="method")
+    methods = found.drop(index="none", level="method")
+    return (methods - alone.reindex(methods.index.droplevel("method")).to_numpy()).dropna()
 
 
-def gains(rows: list[Row], part: str, at: Callable[[Row], Scores]) -> dict[tuple[str, ...], dict[int, float]]:
-    """Gain over the base loss for each seed, by data set, loss, method and score; ``at`` picks from a curve."""
-    by_seed: dict[tuple[str, str, str], dict[int, Scores]] = defaultdict(dict)
-    for row in rows:
-        by_seed[row["dataset"], row["loss"], row["method"]][row["seed"]] = at(row)[part]  # type: ignore[index]
-    found = {}
-    for (dataset, loss, method), own in by_seed.items():
-        alone = by_seed.get((dataset, loss, "none"), {})
-        seeds = sorted(own.keys() & alone.keys())
-        for score in SCORES if seeds else ():
-            found[dataset, loss, method, score] = {s: own[s][score] - alone[s][score] for s in seeds}
-    return found
+def interval(groups: Any) -> tuple[Any, Any]:
+    """Means over seeds, and half widths of their 95% confidence intervals, from Student's t distribution."""
+    return groups.mean(), groups.sem() * stats.t.ppf(0.975, groups.count() - 1)
 
 
-def differences(rows: list[Row], part: str, at: Callable[[Row], Scores]) -> dict[tuple[str, ...], Difference]:
-    """The same, with intervals over the seeds."""
-    return {key: paired(list(by_seed.values())) for key, by_seed in gains(rows, part, at).items()}
+def differences(gained: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Mean gain and half width of its interval, for each length, cell (data set and loss) and method."""
+    means, halves = interval(gained.groupby(["length", *CELL, "method"], sort=False))
+    return means, halves
 
 
-def mean_gain(by_cell: list[dict[int, float]]) -> Difference:
-    """Mean over cells (data set and loss), with an interval over the seeds that all cells have."""
-    seeds = set.intersection(*(set(by_seed) for by_seed in by_cell))
-    return paired([float(np.mean([by_seed[seed] for by_seed in by_cell])) for seed in sorted(seeds)] or [np.nan])
+def over_cells(gained: pd.DataFrame) -> pd.DataFrame:
+    """Means over the cells of one method and length, of the seeds that all of them have."""
+    return gained.unstack(CELL).dropna().T.groupby(level=0, sort=False).mean().T
 
 
-def lengths_of(rows: list[Row], lengths: dict[tuple[str, str], int]) -> dict[str, Callable[[Row], Any]]:
-    """The two lengths of training that are compared: the best one of the base loss alone, and the whole run."""
+def by_length(lengths: dict[tuple[str, str], int], multiples: dict[Any, int]) -> Points:
+    """Points at multiples of the best length of the base loss alone, or at the end of the run before that."""
 
-    def best(row: Row) -> Any:
-        return row["curve"][str(lengths[row["dataset"], row["loss"]])]
+    def at(multiple: int, row: Row) -> Any:
+        return row["curve"][str(min(multiple * lengths[row["dataset"], row["loss"]], row["steps"]))]
 
-    def whole(row: Row) -> Any:
-        return row["curve"][str(row["steps"])]
-
-    return {"best length": best, "4 times": whole}
+    return {name: partial(at, multiple) for name, multiple in multiples.items()}
 
 
-def choose(rows: list[Row], lengths: dict[tuple[str, str], int]) -> dict[str, float]:
-    """Each method's mean gain on validation classes, over cells, scores and both lengths of training."""
-    gains: dict[str, list[float]] = defaultdict(list)
-    for at in lengths_of(rows, lengths).values():
-        for (_, _, method, _), difference in differences(rows, "validation", at).items():
-            gains[method].append(difference.mean)
-    return {method: float(np.mean(values)) for method, values in gains.items() if method != "none"}
+def two_lengths(lengths: dict[tuple[str, str], int]) -> Points:
+    """The lengths of training that are compared in tables."""
+    return by_length(lengths, {"best length": 1, "4 times": 4})
 
 
-def table(rows: list[Row], part: str, lengths: dict[tuple[str, str], int]) -> str:
+def choose(rows: list[Row], lengths: dict[tuple[str, str], int]) -> pd.DataFrame:
+    """Each method's mean gains on validation classes over cells and both lengths, and the number of the cells."""
+    means, _ = differences(gains(scores(rows, "validation", two_lengths(lengths))))
+    cells = means.groupby("method", sort=False)
+    return cells.mean().assign(mean=cells.mean().mean(axis=1), cells=cells.size() // 2).sort_values("mean")
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+
+
+def table(gained: pd.DataFrame) -> str:
     """Mean gain over all cells with its 95% interval, and how many cells are significantly up and down."""
-    lines = [f"| method | length | {' | '.join(SCORES)} |", "| --- | --- |" + " --- |" * len(SCORES)]
-    for name, at in lengths_of(rows, lengths).items():
-        found = gains(rows, part, at)
-        for method in METHODS:
-            cells = []
-            for score in SCORES:
-                own = [by_seed for key, by_seed in found.items() if key[2:] == (method, score)]
-                if own and method != "none":
-                    each = [paired(list(by_seed.values())) for by_seed in own]
-                    up, down = sum(d.is_up for d in each), sum(d.is_down for d in each)
-                    cells.append(f"{mean_gain(own)} ({up} up, {down} down of {len(own)})")
-            if cells:
-                lines.append(f"| {method} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    means, halves = differences(gained)
+    lines = []
+    for (length, method), own in gained.groupby(["length", "method"], sort=False):
+        keys = {"length": length, "method": method}
+        mean, half = interval(over_cells(own.xs((length, method), level=["length", "method"])))
+        each, widths = (frame.xs((length, method), level=["length", "method"]) for frame in (means, halves))
+        counts = zip((each > widths).sum(), (-each > widths).sum(), strict=True)
+        cells = [
+            f"{m:+.1f} ± {h:.1f} ({up} up, {down} down of {len(each)})"
+            for m, h, (up, down) in zip(mean, half, counts, strict=True)
+        ]
+        lines.append([keys["method"], keys["length"], *cells])
+    return markdown(["method", "length", *SCORES], lines)
 
 
 def without_training_longer(rows: list[Row], lengths: dict[tuple[str, str], int]) -> str:
@@ -120,58 +114,43 @@ def without_training_longer(rows: list[Row], lengths: dict[tuple[str, str], int]
 
     Means over the runs that all of the methods have.
     """
-
-    def stopped(row: Row) -> Any:
-        return max(row["curve"].values(), key=lambda scores: scores["validation"]["MAP@R"])
-
-    options: dict[str, Callable[[Row], Any]] = {
-        "not trained": lambda row: row["curve"]["0"],
-        "stopped early": stopped,
-    } | lengths_of(rows, lengths)
-    lines = [f"| method | {' | '.join(SCORES)} |", "| --- |" + " --- |" * len(SCORES)]
-    runs = defaultdict(set)
-    for row in rows:
-        runs[row["method"]].add((row["dataset"], row["loss"], row["seed"]))
-    common = set.intersection(*runs.values())
-    for method in METHODS:
-        own = [r for r in rows if r["method"] == method and (r["dataset"], r["loss"], r["seed"]) in common]
-        for option, at in options.items():
-            if own and (method == "none" or option != "not trained"):
-                means = (np.mean([at(row)["test"][score] for row in own]) for score in SCORES)
-                lines.append(f"| {method}, {option} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
-    return "\n".join(lines)
+    options = {
+        "not trained": lambda row: row["curve"]["0"] if row["method"] == "none" else None,
+        "stopped early": lambda row: max(row["curve"].values(), key=lambda found: found["validation"]["MAP@R"]),
+    } | two_lengths(lengths)
+    found = scores(rows, "test", options)
+    runs = found.xs("best length", level="length").groupby([*CELL, "seed"])[SCORES[0]].size()
+    common = runs.index[runs == runs.max()]
+    found = found[found.index.droplevel(["length", "method"]).isin(common)]
+    means = found.groupby(["method", "length"], sort=False).mean()
+    order = [(m, o) for m in METHODS for o in options if (m, o) in means.index]
+    lines = [[f"{m}, {o}", *(f"{value:.2f}" for value in means.loc[m, o])] for m, o in order]
+    return markdown(["method", *SCORES], lines)
 
 
-def figure(rows: list[Row], shown: Sequence[str], lengths: dict[tuple[str, str], int]) -> Figure:
+def figure(rows: list[Row], lengths: dict[tuple[str, str], int]) -> Figure:
     """Gain over the base loss by length of training, relative to the best one of the base loss."""
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    ticks = {"×1": 1, "×2": 2, "×4": 4}
+    gained = gains(scores(rows, "test", by_length(lengths, ticks)))
+    datasets = gained.index.unique("dataset")
     picture = Figure(figsize=(11, 2.6 * len(datasets)), layout="constrained")
     axes = picture.subplots(len(datasets), len(SCORES), squeeze=False, sharex=True)
-    multiples = (1, 2, 4)
-    for line, dataset in enumerate(datasets):
-        own = [row for row in rows if row["dataset"] == dataset]
-        by_length = []
-        for multiple in multiples:
-
-            def at(row: Row, multiple: int = multiple) -> Any:
-                steps = multiple * lengths[row["dataset"], row["loss"]]
-                return row["curve"][str(min(steps, row["steps"]))]
-
-            by_length.append(gains(own, "test", at))
-        for ax, score in zip(axes[line], SCORES, strict=True):
+    for line, dataset in zip(axes, datasets, strict=True):
+        for method, color in SHOWN.items():
+            own = gained[(gained.index.get_level_values("dataset") == dataset)].query("method == @method")
+            points = [
+                interval(over_cells(o.droplevel(["length", "method"])))
+                for _, o in own.groupby("length", sort=False)
+            ]
+            for ax, score in zip(line, SCORES, strict=True):
+                means, halves = [m[score] for m, _ in points], [h[score] for _, h in points]
+                ax.errorbar([*ticks][: len(points)], means, halves, color=color, lw=1.6, capsize=2, label=method)
+        for ax in line:
             ax.axhline(0, color="#999999", lw=0.8)
-            for color, method in zip(("#332288", "#CC6677", "#117733", "#DDAA33"), shown, strict=False):
-                points = [
-                    mean_gain([seeds for key, seeds in found.items() if key[2:] == (method, score)])
-                    for found in by_length
-                ]
-                means, halves = [p.mean for p in points], [p.half_width for p in points]
-                ax.errorbar(range(len(multiples)), means, halves, color=color, lw=1.6, capsize=2, label=method)
-            ax.set_xticks(range(len(multiples)), [f"×{multiple}" for multiple in multiples])
             ax.spines[["top", "right"]].set_visible(False)
-            if line == 0:
-                ax.set_title(score, fontsize=10)
-        axes[line, 0].set_ylabel(f"{dataset}\npoints", fontsize=9)
+        line[0].set_ylabel(f"{dataset}\npoints", fontsize=9)
+    for ax, score in zip(axes[0], SCORES, strict=True):
+        ax.set_title(score, fontsize=10)
     axes[0, 0].legend(fontsize=7, frameon=False)
     picture.supxlabel("length of training, relative to the best one of the base loss alone", fontsize=9)
     return picture
@@ -183,24 +162,18 @@ def write(folder: Path, images: Path) -> None:
     print("Best length of each base loss alone, on validation classes, in steps:\n")
     for (dataset, loss), steps in sorted(lengths.items()):
         print(f"- {dataset}, {loss}: {steps}")
-    chosen = choose(study.read("validate", folder), lengths)
-    print("\nMean gain on validation classes, in points, over cells, scores and both lengths:\n")
-    for method, gain in sorted(chosen.items(), key=lambda item: -item[1]):
-        print(f"- {method}: {gain:+.2f}")
+    print("\nMean gain on validation classes, in points, over cells and both lengths:\n")
+    print(choose(study.read("validate", folder), lengths).round(2).to_string())
     rows = study.read("test", folder)
     if not rows:
         return
-    seeds = {method: len({row["seed"] for row in rows if row["method"] == method}) for method in METHODS}
-    print(f"\nTest classes; seeds: {seeds}\n\n{table(rows, 'test', lengths)}\n")
+    gained = gains(scores(rows, "test", two_lengths(lengths)))
+    seeds = gained.reset_index("seed").groupby("method", sort=False)["seed"].nunique().to_dict()
+    print(f"\nTest classes; seeds: {seeds}\n\n{table(gained)}\n")
     print(without_training_longer(rows, lengths))
-    with (folder / "test.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["length", "dataset", "loss", "method", "score", "difference", "half_width_95", "seeds"])
-        for name, at in lengths_of(rows, lengths).items():
-            for key, difference in sorted(differences(rows, "test", at).items()):
-                if key[2] != "none":
-                    values = [f"{difference.mean:.3f}", f"{difference.half_width:.3f}", difference.seeds]
-                    writer.writerow([name, *key, *values])
+    means, halves = (frame.rename_axis(columns="score").stack() for frame in differences(gained))
+    count = gained.groupby(["length", *CELL, "method"]).size().reindex(means.index.droplevel("score"))
+    found = pd.DataFrame({"difference": means, "half_width_95": halves}).round(3).assign(seeds=count.array)
+    found.sort_index().to_csv(folder / "test.csv")
     images.mkdir(parents=True, exist_ok=True)
-    shown = [m for m in SHOWN if seeds[m]]
-    figure(rows, shown, lengths).savefig(images / "gain.png", dpi=110)
+    figure(rows, lengths).savefig(images / "gain.png", dpi=110)

@@ -49,6 +49,7 @@ class Method:
     schedule: str = "constant"
     num_proxies: int = 64
     triplets_per_anchor: int = 10
+    proxy_batch_size: int | None = None
     init_at: int | None = None
     """Step at which the proxies are initialized from data."""
 
@@ -64,7 +65,14 @@ METHODS: dict[str, Method] = {
     "ratio 0.3, frozen, rising": replace(FROZEN, schedule="rising"),
     "ratio 0.3, frozen, falling": replace(FROZEN, schedule="falling"),
     "ratio 0.3, frozen, proxies from data": replace(FROZEN, init_at=50),
+    "ratio 0.3, 50 triplets": Method(ratio=0.3, triplets_per_anchor=50),
+    "ratio 0.3, 200 triplets": Method(ratio=0.3, triplets_per_anchor=200),
+    "ratio 0.3, 512 proxies, 50 triplets": Method(ratio=0.3, num_proxies=512, triplets_per_anchor=50),
+    "ratio 0.3, frozen, 50 triplets": replace(FROZEN, triplets_per_anchor=50),
+    "ratio 0.3, frozen, 200 triplets": replace(FROZEN, triplets_per_anchor=200),
     "ratio 0.3, frozen, 512 proxies, 50 triplets": replace(FROZEN, num_proxies=512, triplets_per_anchor=50),
+    "ratio 0.3, frozen, 2048 proxies": replace(FROZEN, num_proxies=2048),
+    "ratio 0.3, frozen, 2048 proxies, 512 a step": replace(FROZEN, num_proxies=2048, proxy_batch_size=512),
 }
 
 
@@ -128,7 +136,8 @@ def make_head(width: int) -> nn.Sequential:
 def make_hier(method: Method) -> HIERLoss:
     """HIER; it is not trained by methods without it."""
     miner = ReciprocalNeighborMiner(triplets_per_anchor=method.triplets_per_anchor)
-    return HIERLoss(method.num_proxies, EMBEDDING_SIZE, miner=miner)
+    size = method.proxy_batch_size
+    return HIERLoss(method.num_proxies, EMBEDDING_SIZE, miner=miner, proxy_batch_size=size)
 
 
 def scheduled(method: Method, done: float) -> float | None:

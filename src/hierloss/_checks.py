@@ -8,16 +8,6 @@ import geoopt
 import numpy as np
 from torch import Tensor
 
-__all__ = [
-    "check_count",
-    "check_curvature",
-    "check_embeddings",
-    "check_labels",
-    "check_number",
-    "check_temperature",
-    "to_numpy",
-]
-
 _MIN_TEMPERATURE = 1e-30
 """Distances divided by a smaller number can be infinite in float32."""
 
@@ -65,20 +55,16 @@ def check_embeddings(name: str, embeddings: Tensor, width: int | None = None) ->
     """Raise unless ``embeddings`` is a floating point matrix, with ``width`` columns if that is given."""
     if not isinstance(embeddings, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(embeddings).__name__}")
-    if embeddings.ndim != 2:
-        raise ValueError(
-            f"{name} must have shape (batch_size, embedding_size), got shape {tuple(embeddings.shape)}"
-        )
+    shape = tuple(embeddings.shape)
+    if len(shape) != 2:
+        raise ValueError(f"{name} must have shape (batch_size, embedding_size), got shape {shape}")
     if not embeddings.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {embeddings.dtype}")
-    if 0 in embeddings.shape:
-        missing = "row" if embeddings.shape[0] == 0 else "column"
-        raise ValueError(f"{name} must have at least one {missing}, got shape {tuple(embeddings.shape)}")
-    if width is not None and embeddings.shape[1] != width:
-        raise ValueError(
-            f"{name} must have {width} columns, the embedding_size of the proxies, "
-            f"got shape {tuple(embeddings.shape)}"
-        )
+    if 0 in shape:
+        missing = "row" if shape[0] == 0 else "column"
+        raise ValueError(f"{name} must have at least one {missing}, got shape {shape}")
+    if width is not None and shape[1] != width:
+        raise ValueError(f"{name} must have {width} columns, the embedding_size of the proxies, got shape {shape}")
 
 
 def check_labels(labels: Tensor | None, count: int) -> None:
@@ -87,12 +73,18 @@ def check_labels(labels: Tensor | None, count: int) -> None:
         return
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if labels.shape != (count,):
-        raise ValueError(
-            f"labels must have shape ({count},), one for each embedding, got shape {tuple(labels.shape)}"
-        )
+    if (shape := tuple(labels.shape)) != (count,):
+        raise ValueError(f"labels must have shape ({count},), one for each embedding, got shape {shape}")
 
 
 def to_numpy(values: Any) -> np.ndarray:
     """Tensor, array or lists as an array."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def to_vector(labels: Any, count: int, kind: str) -> np.ndarray:
+    """Labels as an array of shape ``(count,)``, one for each leaf, sample or the like."""
+    values = to_numpy(labels)
+    if values.shape != (count,):
+        raise ValueError(f"labels must have shape ({count},), one for each {kind}, got shape {values.shape}")
+    return values

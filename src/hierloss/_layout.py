@@ -1,4 +1,4 @@
-"""Layout of a drawn tree: groups and names of the leaves, the top of the tree, points on the disk."""
+"""What `plotting` draws: groups and names of the leaves, the top of the tree, points on the disk."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ._checks import check_count, to_numpy
+from ._checks import check_count, to_numpy, to_vector
 from .hierarchy import Hierarchy
 
 Names = Sequence[str] | Mapping[Any, str] | None
@@ -34,6 +34,7 @@ class Leaves:
         self.named, self.labelled = names is not None, labels is not None
         self.names = [str(name) for name in (range(count) if names is None else names)]
         self.groups, self.index = grouped(labels, count, class_names, "leaf")
+        self.below = [tree.leaf_order[start:stop] for start, stop in tree.spans]
 
     def group(self, rows: np.ndarray) -> int:
         """The most frequent group of some leaves."""
@@ -54,21 +55,16 @@ class Leaves:
 
 def grouped(labels: Any, count: int, class_names: Names, kind: str) -> tuple[list[str], np.ndarray]:
     """Names of the distinct labels, in their order, and the index of the name of each leaf or embedding."""
-    values = np.zeros(count, int) if labels is None else to_numpy(labels)
-    if values.shape != (count,):
-        raise ValueError(f"labels must have shape ({count},), one for each {kind}, got shape {values.shape}")
-    distinct, index = np.unique(values, return_inverse=True)
-    if labels is None or class_names is None:
-        return [str(label) for label in (["all"] if labels is None else distinct.tolist())], index
-    groups = []
+    if labels is None:
+        return ["all"], np.zeros(count, int)
+    distinct, index = np.unique(to_vector(labels, count, kind), return_inverse=True)
+    if class_names is None:
+        return [str(label) for label in distinct.tolist()], index
+    known = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names))
     for label in distinct.tolist():
-        try:
-            if not isinstance(class_names, Mapping) and label < 0:  # Python would count it from the end
-                raise IndexError
-            groups.append(str(class_names[label]))
-        except (KeyError, IndexError, TypeError):
-            raise ValueError(f"class_names must have a name for each label, got none for {label!r}") from None
-    return groups, index
+        if label not in known:
+            raise ValueError(f"class_names must have a name for each label, got none for {label!r}")
+    return [str(known[label]) for label in distinct.tolist()], index
 
 
 def style(group: int) -> tuple[str, str]:
@@ -95,15 +91,13 @@ def as_images(images: Any, count: int) -> list[np.ndarray]:
 
 def prune(tree: Hierarchy, max_leaves: int) -> tuple[Hierarchy, list[np.ndarray]]:
     """The top of a tree, with at most ``max_leaves`` leaves, and the original leaves under each of them."""
+    from scipy.cluster.hierarchy import from_mlab_linkage
+
     count = min(check_count("max_leaves", max_leaves, minimum=2), tree.num_leaves)
-    first = tree.num_nodes - count + 1
-    ends = np.flatnonzero((tree.parents >= first) & (np.arange(tree.num_nodes) < first))
-    linkage = tree.linkage[1 - count :].copy()
-    linkage[:, :2] = np.searchsorted(np.append(ends, np.arange(first, tree.num_nodes)), linkage[:, :2])
-    sizes = [1] * count
-    for row in linkage:
-        row[3] = sizes[int(row[0])] + sizes[int(row[1])]
-        sizes.append(row[3])
+    first, top = tree.num_nodes - count + 1, tree.linkage[1 - count :]
+    ends = np.flatnonzero(tree.parents[:first] >= first)
+    children = np.searchsorted(np.append(ends, np.arange(first, tree.num_nodes)), top[:, :2])
+    linkage = from_mlab_linkage(np.column_stack([children + 1, top[:, 2]]))  # counts the leaves of each node
     return Hierarchy(linkage), [tree.leaves(int(end)) for end in ends]
 
 

@@ -28,15 +28,11 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
     also with ``avg_of_avgs`` and ``return_per_class``. Queries without a relevant reference do not count.
 
     Args:
-        taxonomy: superclass of each label: a mapping to one superclass, or to several from fine to coarse; or a
-            text file of a tree whose leaves are the labels. Each line is ``parent child``. There must be one root;
-            it is not a superclass.
+        taxonomy: superclass of each label: a mapping to one superclass, or to several from fine to coarse, as many
+            for each label; or a text file of a tree whose leaves are the labels. Each line is ``parent child``.
+            There must be one root; it is not a superclass.
         **kwargs: PML's options: ``include``, ``knn_func``, ``device``, and so on;
             ``superclass_precision_at_k`` needs a number for ``k``.
-
-    Raises:
-        ValueError: a taxonomy without superclasses, or with different numbers of them; in use, a label that it
-            does not have.
 
     Example:
         >>> scores = ("superclass_precision_at_1", "hierarchical_average_precision")
@@ -58,14 +54,12 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
                 "taxonomy must give every label the same number of superclasses, at least one, got "
                 + (" and ".join(map(str, sorted(depths))) or "no label")
             )
-        numbered = [
-            np.unique(list(map(str, level)), return_inverse=True)[1] for level in zip(*chains, strict=True)
-        ]
+        levels = [np.unique(level, return_inverse=True)[1] for level in np.array(chains, str).T]
         try:
-            labels = np.array([int(label) for label in given])
+            labels = [int(label) for label in given]
         except ValueError as error:
             raise ValueError(f"taxonomy must have integer labels: {error}") from None
-        self._superclasses = dict(zip(labels.tolist(), np.stack([labels, *numbered], 1), strict=True))
+        self._superclasses = dict(zip(labels, np.stack([labels, *levels], 1), strict=True))
 
     def requires_knn(self) -> list[str]:
         own = ["superclass_precision_at_1", "superclass_precision_at_k", "hierarchical_average_precision"]
@@ -93,19 +87,14 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
         return pml.precision_at_k(found[counted], own[counted][:, None], found.shape[1], *options)
 
     def calculate_hierarchical_average_precision(
-        self,
-        query: Tensor,
-        reference: Tensor,
-        query_labels: Tensor,
-        reference_labels: Tensor,
-        ref_includes_query: bool,
-        **_: Any,
-    ) -> float:
+        self, query: Tensor, reference: Tensor, query_labels: Tensor, reference_labels: Tensor,
+        ref_includes_query: bool, **_: Any,
+    ) -> float:  # fmt: skip
         nearest = self.knn_func(query, len(reference) - ref_includes_query, reference, ref_includes_query)[1]
         own, other = self._taxonomy(query_labels), self._taxonomy(reference_labels)
-        rows = np.array_split(np.arange(len(own)), 1 + len(own) * len(other) // 2**22)
-        found = [average_precisions(own[chunk], other[nearest[chunk].cpu().numpy()]) for chunk in rows]
-        scores = np.concatenate(found)
+        chunks = np.array_split(np.arange(len(own)), 1 + len(own) * len(other) // 2**22)
+        ranked = nearest.cpu().numpy()
+        scores = np.concatenate([average_precisions(own[rows], other[ranked[rows]]) for rows in chunks])
         return float(scores.mean()) if len(scores) else float("nan")
 
     def _taxonomy(self, labels: Tensor) -> np.ndarray:
@@ -123,10 +112,8 @@ def _read_edges(file: Path) -> dict[str, list[str]]:
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if len(words := line.split()) not in (0, 2):
             raise ValueError(f"{file}, line {number}: expected a parent and a child, got {line!r}")
-        if words and parents.setdefault(words[1], words[0]) != words[0]:
-            raise ValueError(
-                f"{file}, line {number}: {words[1]} has two parents, {parents[words[1]]} and {words[0]}"
-            )
+        if words and (other := parents.setdefault(words[1], words[0])) != words[0]:
+            raise ValueError(f"{file}, line {number}: {words[1]} has two parents, {other} and {words[0]}")
     if len(roots := set(parents.values()) - parents.keys()) > 1:
         raise ValueError(f"{file}: expected one root above all nodes, got {' and '.join(sorted(roots)[:3])}")
     above: dict[str, list[str]] = {}

@@ -2,9 +2,7 @@ r"""The learned hierarchy as an object: an immutable tree to query, cut and expo
 
 Conventions of this file
     - A tree has ``N`` leaves, numbered ``0 .. N-1``, and ``N - 1`` inner nodes with two children each, numbered
-      from ``N`` by increasing height: SciPy's numbering of clusters. The root is last.
-    - ``linkage`` is a SciPy linkage matrix: two children, height and number of leaves of each inner node. Leaves
-      are at height 0.
+      from ``N`` by increasing height: SciPy's numbering of clusters. The root is last. Leaves are at height 0.
     - The ancestor of a set of leaves :math:`A` is the proxy whose distance from the farthest leaf is smallest, as
       in HIERLoss without noise. This distance, :math:`\min_p \max_{a \in A} d(a, \rho_p)`, is the set's radius.
 """
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_embeddings, check_number, to_numpy
+from ._checks import check_count, check_embeddings, check_number, to_numpy, to_vector
 
 if TYPE_CHECKING:
     import networkx
@@ -37,15 +35,15 @@ _ROUNDING = 1e-6
 class Hierarchy:
     r"""A tree over samples or classes, whose inner nodes have proxies as ancestors.
 
-    ``HIERLoss.hierarchy``, `from_embeddings` and `from_linkage` build trees.
+    ``HIERLoss.hierarchy``, `from_embeddings` and `from_linkage` build trees. Arrays are read-only.
 
     Attributes:
-        linkage: SciPy linkage matrix, shape ``(num_leaves - 1, 4)``.
+        linkage: SciPy linkage matrix, shape ``(num_leaves - 1, 4)``: two children, height and number of leaves of
+            each inner node.
         leaf_labels: label of each leaf, shape ``(num_leaves,)``, or ``None``.
-        proxies: the ancestor of each node, shape ``(num_nodes,)``; that of a leaf is its nearest proxy. ``None``
-            in trees without proxies.
-        radii: distance of each node's farthest leaf from its ancestor, a hyperbolic distance, shape
-            ``(num_nodes,)``; or ``None``. Radii never decrease towards the root.
+        proxies: the ancestor of each node, shape ``(num_nodes,)``, for a leaf its nearest proxy; or ``None``.
+        radii: hyperbolic distance of each node's farthest leaf from its ancestor, shape ``(num_nodes,)``; or
+            ``None``. Radii never decrease towards the root.
 
     Example:
         >>> embeddings = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])
@@ -97,29 +95,19 @@ class Hierarchy:
     @classmethod
     @torch.no_grad()
     def from_embeddings(
-        cls,
-        embeddings: Tensor,
-        labels: Any = None,
-        *,
-        per_class: bool = False,
-        linkage: str = "average",
+        cls, embeddings: Tensor, labels: Any = None, *, per_class: bool = False, linkage: str = "average",
         distances: Tensor | None = None,
-    ) -> "Hierarchy":
-        r"""Agglomerative clustering of embeddings, or of classes, by cosine similarity.
-
-        Embeddings are scaled to norm 1. Memory is ``8 N^2`` bytes, 0.8 GB for 10,000 leaves.
+    ) -> "Hierarchy":  # fmt: skip
+        """Agglomerative clustering of 2 to 20,000 embeddings or classes by cosine similarity, in ``8 N^2`` bytes.
 
         Args:
-            embeddings: shape ``(N, D)``; Euclidean features, or points on the ball: directions are the same.
+            embeddings: shape ``(N, D)``; Euclidean features, or points on the ball; scaled to norm 1.
             labels: label of each sample, shape ``(N,)``, tensor or array; kept as ``leaf_labels``.
             per_class: ``True`` makes one leaf of each class, in the order of ``numpy.unique(labels)``: the mean of
-                its scaled embeddings, scaled to norm 1. Its distance from a proxy is the mean over its samples.
+                its samples, again scaled to norm 1. Its distance from a proxy is the mean over its samples.
             linkage: ``"average"`` or ``"complete"``: heights are the mean or largest cosine distance ``1 - cos``
                 between the leaves of the two children; ``"ward"``: as in SciPy.
             distances: of the samples from proxies, shape ``(N, P)``: ``HIERLoss.proxy_distances(embeddings)``.
-
-        Raises:
-            TypeError, ValueError: an argument that is not as described; fewer than 2 or more than 20,000 leaves.
 
         Example:
             >>> Hierarchy.from_embeddings(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 3.0]])).linkage
@@ -134,14 +122,12 @@ class Hierarchy:
         check_embeddings("embeddings", embeddings)
         if linkage not in ("average", "complete", "ward"):
             raise ValueError(f'linkage must be "average", "complete" or "ward", got {linkage!r}')
-        values: Any = None if labels is None else _labels(labels, len(embeddings))
+        values: Any = None if labels is None else to_vector(labels, len(embeddings), "sample")
         unit = torch.nn.functional.normalize(embeddings.detach().cpu().double())
         if not torch.isfinite(unit).all():
             raise ValueError("embeddings must be finite, got NaN or infinity")
-        if distances is not None and len(distances) != len(embeddings):
-            raise ValueError(
-                f"distances must have a row for each of {len(embeddings)} embeddings, got {len(distances)}"
-            )
+        if distances is not None and len(distances) != len(unit):
+            raise ValueError(f"distances must have a row for each of {len(unit)} embeddings, got {len(distances)}")
         if per_class:
             if values is None:
                 raise ValueError("labels must be given when per_class is True: they say which samples make a leaf")
@@ -154,20 +140,18 @@ class Hierarchy:
                 f"embeddings must make 2 to {_MAX_LEAVES} leaves, got {got}; for more, give labels and "
                 "per_class=True for a tree of classes, or take a random subsample"
             )
-        gaps = pdist(unit.numpy())
-        if linkage != "ward":
-            gaps *= gaps  # in place, because there are many
-            gaps /= 2  # |x - y|^2 / 2 = 1 - cos
+        gaps = pdist(unit.numpy(), "euclidean" if linkage == "ward" else "sqeuclidean")
+        gaps /= 1 if linkage == "ward" else 2  # |x - y|^2 / 2 = 1 - cos; in place, because there are many
         return cls.from_linkage(hierarchy.linkage(gaps, linkage), values, distances)
 
     @classmethod
     def from_linkage(
         cls, linkage: np.ndarray, labels: Any = None, distances: Tensor | np.ndarray | None = None
     ) -> "Hierarchy":
-        """A tree from a SciPy linkage matrix, with proxies as ancestors if ``distances`` are given.
+        """A tree from a SciPy linkage matrix without inversions, with proxies as ancestors if there are distances.
 
         Args:
-            linkage: shape ``(N - 1, 4)``, from ``scipy.cluster.hierarchy.linkage``, without inversions.
+            linkage: shape ``(N - 1, 4)``, from ``scipy.cluster.hierarchy.linkage``.
             labels: label of each leaf, shape ``(N,)``.
             distances: of the leaves from proxies, shape ``(N, P)``.
 
@@ -176,14 +160,13 @@ class Hierarchy:
             >>> Hierarchy.from_linkage(linkage([[0.0], [1.0], [5.0]], "average")).heights
             array([0. , 0. , 0. , 1. , 4.5])
         """
-        tree = cls(linkage, None if labels is None else _labels(labels, len(linkage) + 1))
+        tree = cls(linkage, None if labels is None else to_vector(labels, len(linkage) + 1, "leaf"))
         if distances is None:
             return tree
         rows = to_numpy(distances).astype(np.float64)
         if rows.ndim != 2 or len(rows) != tree.num_leaves or rows.size == 0 or not np.isfinite(rows).all():
-            raise ValueError(
-                f"distances must be finite, of shape ({tree.num_leaves}, num_proxies), got shape {rows.shape}"
-            )
+            expected = f"({tree.num_leaves}, num_proxies)"
+            raise ValueError(f"distances must be finite, of shape {expected}, got shape {rows.shape}")
         farthest, proxies, radii = list(rows), list(rows.argmin(1)), list(rows.min(1))
         for left, right in tree._merges:
             farthest.append(np.maximum(farthest[left], farthest[right]))
@@ -227,15 +210,16 @@ class Hierarchy:
     @cached_property
     def leaf_order(self) -> np.ndarray:
         """The leaves from left to right, such that the leaves under each node are contiguous."""
-        return _read_only(np.argsort(self.spans[: self.num_leaves, 0]))
+        from scipy.cluster.hierarchy import leaves_list
+
+        return _read_only(leaves_list(self.linkage).astype(np.int64))
 
     @cached_property
     def spans(self) -> np.ndarray:
         """The positions of each node's leaves in `leaf_order`: start and stop, shape ``(num_nodes, 2)``."""
-        starts = np.zeros(self.num_nodes, np.int64)
-        for node in range(self.root, self.num_leaves - 1, -1):
-            left, right = self._merges[node - self.num_leaves]
-            starts[left], starts[right] = starts[node], starts[node] + self.sizes[left]
+        starts = np.argsort(self.leaf_order).tolist()
+        for left in self._merges[:, 0]:
+            starts.append(starts[left])
         return _read_only(np.stack([starts, starts + self.sizes], 1))
 
     @cached_property
@@ -254,10 +238,7 @@ class Hierarchy:
         return np.sort(self.leaf_order[start:stop])
 
     def lowest_common_ancestor(self, nodes: Iterable[int]) -> int:
-        """The lowest node whose subtree contains all given nodes; its proxy is ``proxies[node]``.
-
-        Args:
-            nodes: leaves or other nodes, at least one. A single node is its own ancestor.
+        """The lowest node whose subtree contains all given nodes, one or more; its proxy is ``proxies[node]``.
 
         Example:
             >>> tree = Hierarchy.from_embeddings(torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 3.0]]))
@@ -267,11 +248,9 @@ class Hierarchy:
         chosen = [self._node(node) for node in nodes]
         if not chosen:
             raise ValueError("nodes must hold at least one node, got none")
-        start, stop = self.spans[chosen, 0].min(), self.spans[chosen, 1].max()
-        ancestor = max(chosen)
-        while self.spans[ancestor, 0] > start or self.spans[ancestor, 1] < stop:
-            ancestor = int(self.parents[ancestor])
-        return ancestor
+        starts, stops = self.spans.T
+        holding = (starts <= starts[chosen].min()) & (stops >= stops[chosen].max())
+        return int(holding.argmax())  # a node has a lower number than those above it
 
     def cut(self, num_groups: int | None = None, *, height: float | None = None) -> np.ndarray:
         """Cut the tree into groups of leaves, ``(num_leaves,)``, numbered from 0 by first appearance.
@@ -289,21 +268,20 @@ class Hierarchy:
         if (num_groups is None) == (height is None):
             got = "neither" if height is None else "both"
             raise ValueError(f"cut() expects one of num_groups and height, got {got}")
-        if num_groups is not None:
-            if check_count("num_groups", num_groups) > self.num_leaves:
-                raise ValueError(f"num_groups must be at most num_leaves={self.num_leaves}, got {num_groups}")
+        if num_groups is None:
+            groups = fcluster(self.linkage, check_number("height", height, positive=False), "distance")
+        elif check_count("num_groups", num_groups) <= self.num_leaves:
             groups = fcluster(self.linkage, num_groups, "maxclust")
         else:
-            groups = fcluster(self.linkage, check_number("height", height, positive=False), "distance")
-        _, first, index = np.unique(groups, return_index=True, return_inverse=True)
-        numbered: np.ndarray = np.argsort(np.argsort(first))[index]
-        return numbered
+            raise ValueError(f"num_groups must be at most num_leaves={self.num_leaves}, got {num_groups}")
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(groups.tolist()))}
+        return np.array([numbers[group] for group in groups.tolist()])
 
     def place(self, distances: Any) -> np.ndarray:
-        """Where ``M`` new samples belong.
+        """The nodes to which ``M`` new samples belong, shape ``(M,)``.
 
-        From the nearest leaf, go up until the height of the node is at least the distance between the sample and
-        that leaf, up to rounding in float32. The root is the last node.
+        It is the lowest node above the nearest leaf whose height is at least the distance from that leaf, up to
+        rounding in float32, or else the root.
 
         Args:
             distances: of the new samples from the leaves, shape ``(M, num_leaves)``, in the unit of the heights:
@@ -334,25 +312,20 @@ class Hierarchy:
             import networkx
         except ImportError as error:
             raise ImportError('to_networkx needs networkx: pip install "hierloss[hierarchy]"') from error
-        graph = networkx.DiGraph()
+        above, graph = self.parents[:-1], networkx.DiGraph()
+        lengths = self.heights[above] - self.heights[:-1]
+        edges = zip(above.tolist(), range(self.root), lengths.tolist(), strict=True)
+        graph.add_weighted_edges_from(edges, weight="length")
         attributes = {"height": self.heights, "proxy": self.proxies, "radius": self.radii}
-        attributes["label"] = self.leaf_labels
-        for node in range(self.root, -1, -1):
-            found = {
-                k: np.asarray(v[node]).tolist() for k, v in attributes.items() if v is not None and node < len(v)
-            }
-            graph.add_node(node, **found)
-            if node < self.root:
-                above = int(self.parents[node])
-                graph.add_edge(above, node, length=float(self.heights[above] - self.heights[node]))
+        for name, values in [*attributes.items(), ("label", self.leaf_labels)]:
+            if values is not None:
+                networkx.set_node_attributes(graph, dict(enumerate(values.tolist())), name)
         return graph
 
     def to_newick(self, names: Sequence[str] | None = None) -> str:
-        """The tree in Newick format; branch lengths are differences of heights.
+        """The tree in Newick format; branch lengths are differences of heights, inner nodes are named by proxies.
 
-        Args:
-            names: name of each leaf; default its label, if all are different, else its number. Inner nodes are
-                named after their proxies.
+        ``names`` has the name of each leaf; default its label, if all are different, else its number.
         """
         if names is None:
             names = [str(label) for label in ([] if self.leaf_labels is None else self.leaf_labels.tolist())]
@@ -362,8 +335,8 @@ class Hierarchy:
             raise ValueError(f"names must be {self.num_leaves}, one for each leaf, got {len(names)}")
         parts = [name if name.isdecimal() else "'" + name.replace("'", "''") + "'" for name in map(str, names)]
         for node, children in enumerate(self._merges.tolist(), self.num_leaves):
-            lengths = (float(self.heights[node] - self.heights[child]) for child in children)
-            below = ",".join(f"{parts[child]}:{length!r}" for child, length in zip(children, lengths, strict=True))
+            lengths = (self.heights[node] - self.heights[list(children)]).tolist()
+            below = ",".join(f"{parts[child]}:{length}" for child, length in zip(children, lengths, strict=True))
             parts.append(f"({below})" + ("" if self.proxies is None else f"'proxy {self.proxies[node]}'"))
             for child in children:
                 parts[child] = ""  # now part of the parent's text
@@ -399,14 +372,6 @@ def _class_means(rows: Tensor, index: np.ndarray, count: int) -> Tensor:
     """The mean of the rows of each class."""
     groups = torch.from_numpy(index)
     return rows.new_zeros(count, rows.shape[1]).index_add_(0, groups, rows) / groups.bincount()[:, None]
-
-
-def _labels(labels: Any, count: int) -> np.ndarray:
-    """Labels as an array of shape ``(count,)``."""
-    values = to_numpy(labels)
-    if values.shape != (count,):
-        raise ValueError(f"labels must have shape ({count},), one for each sample, got shape {values.shape}")
-    return values
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:

@@ -7,8 +7,8 @@ Conventions of this file
       ``(N,)`` is a taxonomy of one level.
     - ``distances`` are those of all pairs, shape ``(N, N)``; the diagonal is not used. Each sample is a query for
       all others; equal distances rank in the order of the samples.
-    - Labels and matrices are tensors or arrays; results are Python numbers, and larger is better. Other shapes
-      raise a `ValueError`.
+    - Labels and matrices are tensors or arrays; other shapes raise a `ValueError`.
+    - Scores are Python numbers, at most 1, and larger is better; a list has a score for each level.
 """
 
 import math
@@ -17,15 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from ._checks import check_count, check_number, to_numpy
+from ._checks import check_count, check_number, to_numpy, to_vector
 from .hierarchy import Hierarchy
 
 __all__ = [
-    "ami_per_level",
-    "dendrogram_purity",
-    "hierarchical_average_precision",
-    "hierarchical_recall_at_k",
-]
+    "ami_per_level", "dendrogram_purity", "hierarchical_average_precision", "hierarchical_recall_at_k",
+]  # fmt: skip
 
 _CHUNK_CELLS = 2**22
 """Cells of a matrix that are processed at a time: 32 MB in float64."""
@@ -37,26 +34,18 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
     .. math:: \mathrm{DP} = \frac{1}{|W|} \sum_{(i, j) \in W}
         \frac{|\mathrm{lvs}(\mathrm{lca}(i, j)) \cap C(i)|}{|\mathrm{lvs}(\mathrm{lca}(i, j))|}
 
-    over all pairs ``W`` of leaves of one class: 1 if and only if every class is a subtree. Exact, in time
-    ``O(N * classes)``. Nested merges at equal height count as one node.
-
-    Args:
-        tree: over ``N`` leaves.
-        labels: shape ``(N,)``; at least two leaves have the same label.
-
-    Returns:
-        A number in (0, 1].
+    over all pairs ``W`` of leaves of one class; there must be one. It is 1 if and only if each class is a subtree.
+    Exact, in time ``O(N * classes)``. Nested merges at equal height count as one node.
 
     Example:
-        >>> linkage = [[0, 1, 1.0, 2], [2, 3, 2.0, 3]]
-        >>> dendrogram_purity(linkage, [1, 2, 1])
+        >>> dendrogram_purity([[0, 1, 1.0, 2], [2, 3, 2.0, 3]], labels=[1, 2, 1])
         0.6666666666666666
 
     Source: Heller, Ghahramani, "Bayesian Hierarchical Clustering" (ICML 2005), section 5, as an exact mean
     over all pairs as in Monath et al., "Gradient-based Hierarchical Clustering" (KDD 2019).
     """
-    tree = _tree(tree)
-    classes, index = np.unique(_vector("labels", labels, tree.num_leaves), return_inverse=True)
+    tree = tree if isinstance(tree, Hierarchy) else Hierarchy(tree)
+    classes, index = np.unique(to_vector(labels, tree.num_leaves, "leaf"), return_inverse=True)
     starts, stops = tree.spans.T
     node = np.arange(tree.num_nodes)
     for child in range(tree.root - 1, tree.num_leaves - 1, -1):
@@ -81,13 +70,6 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
 
     The score is the mutual information adjusted for chance: 1 for the same groups, about 0 for random ones.
 
-    Args:
-        tree: over ``N`` leaves.
-        taxonomy: shape ``(N, L)``, from fine to coarse.
-
-    Returns:
-        One score for each level.
-
     Example:
         >>> linkage = [[0, 1, 1.0, 2], [2, 3, 2.0, 2], [4, 5, 3.0, 4]]
         >>> ami_per_level(linkage, [[0, 7], [0, 7], [1, 7], [2, 7]])
@@ -99,7 +81,7 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
     # Imported here: the import is slow, and in new versions it draws from Python's random generator.
     from sklearn.metrics import adjusted_mutual_info_score
 
-    tree = _tree(tree)
+    tree = tree if isinstance(tree, Hierarchy) else Hierarchy(tree)
     levels = _taxonomy(taxonomy, tree.num_leaves)
     return [float(adjusted_mutual_info_score(level, tree.cut(int(level.max()) + 1))) for level in levels.T]
 
@@ -107,15 +89,7 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
 def hierarchical_recall_at_k(distances: Any, taxonomy: Any, k: int = 1) -> list[float]:
     """Recall@k at each level: the share of samples that have an equal label among their ``k`` nearest others.
 
-    Samples that are alone in their class at a level do not count for it.
-
-    Args:
-        distances: shape ``(N, N)``.
-        taxonomy: shape ``(N, L)``, from fine to coarse.
-        k: number of neighbours, at most ``N - 1``.
-
-    Returns:
-        One share for each level; NaN for a level where all are alone.
+    Samples that are alone in their class at a level do not count for it; if all are, the share is NaN.
 
     Example:
         >>> distances = torch.tensor([[0.0], [1.0], [2.5], [3.0]])
@@ -129,12 +103,9 @@ def hierarchical_recall_at_k(distances: Any, taxonomy: Any, k: int = 1) -> list[
     levels = _taxonomy(taxonomy, len(matrix))
     if check_count("k", k) >= len(matrix):
         raise ValueError(f"k must be at most {len(matrix) - 1}, the other samples, got {k}")
-    hits = []
-    for rows, order in _rankings(matrix):
-        hits.append((levels[order[:, :k]] == levels[rows, None]).any(1))
-    found = np.concatenate(hits)
+    hits = [(levels[order[:, :k]] == levels[rows, None]).any(1) for rows, order in _rankings(matrix)]
     shares = []
-    for level, hit in zip(levels.T, found.T, strict=True):
+    for level, hit in zip(levels.T, np.concatenate(hits).T, strict=True):
         counted = np.bincount(level)[level] > 1
         shares.append(float(hit[counted].mean()) if counted.any() else math.nan)
     return shares
@@ -151,15 +122,9 @@ def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float =
         \frac{\sum_{j: \mathrm{rank}(j) \le \mathrm{rank}(k)} \min(\mathrm{rel}(j), \mathrm{rel}(k))}
         {\mathrm{rank}(k)}
 
-    Queries without relevant samples do not count. With one level, this is the mean average precision.
-
-    Args:
-        distances: shape ``(N, N)``.
-        taxonomy: shape ``(N, L)``, from fine to coarse.
-        alpha: at least 0; larger values favour finer levels, 0 gives all levels the same sum of relevances.
-
-    Returns:
-        A number in [0, 1], 1 if all rankings go from fine matches to coarse ones.
+    It is 1 if all rankings go from fine matches to coarse ones. Queries without relevant samples do not count.
+    With one level, this is the mean average precision. Larger ``alpha``, at least 0, favours finer levels; 0 gives
+    all levels the same sum of relevances.
 
     Example:
         >>> points = torch.tensor([[0.0], [1.0], [5.0], [6.5]])
@@ -172,12 +137,10 @@ def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float =
     matrix = _square(distances)
     levels = _taxonomy(taxonomy, len(matrix))
     alpha = check_number("alpha", alpha, positive=False)
-    found = np.concatenate(
-        [average_precisions(levels[rows], levels[order], alpha) for rows, order in _rankings(matrix)]
-    )
-    if not len(found):
+    found = [average_precisions(levels[rows], levels[order], alpha) for rows, order in _rankings(matrix)]
+    if not sum(map(len, found)):
         raise ValueError("taxonomy must give some sample another of its class, got none with anything relevant")
-    return float(found.mean())
+    return float(np.concatenate(found).mean())
 
 
 def average_precisions(query: np.ndarray, ranked: np.ndarray, alpha: float = 1.0) -> np.ndarray:
@@ -199,28 +162,13 @@ def average_precisions(query: np.ndarray, ranked: np.ndarray, alpha: float = 1.0
     return scores
 
 
-def _tree(tree: Hierarchy | np.ndarray) -> Hierarchy:
-    """The tree, converted from a linkage matrix if it is one."""
-    return tree if isinstance(tree, Hierarchy) else Hierarchy(tree)
-
-
-def _vector(name: str, values: Any, count: int) -> np.ndarray:
-    """An array of shape ``(count,)``."""
-    array = to_numpy(values)
-    if array.shape != (count,):
-        raise ValueError(f"{name} must have shape ({count},), one for each leaf, got shape {array.shape}")
-    return array
-
-
 def _taxonomy(values: Any, count: int) -> np.ndarray:
     """The taxonomy, the labels of each level numbered from 0."""
     array = to_numpy(values)
     array = array[:, None] if array.ndim == 1 else array
     if array.ndim != 2 or array.shape[0] != count or array.shape[1] == 0:
-        raise ValueError(
-            f"taxonomy must have shape ({count}, L), a column for each level from fine to coarse, "
-            f"got shape {array.shape}"
-        )
+        expected = f"({count}, L), a column for each level from fine to coarse"
+        raise ValueError(f"taxonomy must have shape {expected}, got shape {array.shape}")
     return np.stack([np.unique(level, return_inverse=True)[1] for level in array.T], 1)
 
 
@@ -228,9 +176,8 @@ def _square(distances: Any) -> np.ndarray:
     """A finite square matrix in float64."""
     matrix = to_numpy(distances).astype(np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
-        raise ValueError(
-            f"distances must be of all pairs of 2 samples or more, shape (N, N), got shape {matrix.shape}"
-        )
+        expected = "of all pairs of 2 samples or more, shape (N, N)"
+        raise ValueError(f"distances must be {expected}, got shape {matrix.shape}")
     if not np.isfinite(matrix).all():
         raise ValueError("distances must be finite, got NaN or infinity")
     return matrix

@@ -11,14 +11,13 @@ __all__ = ["FromPoincare", "ToPoincare"]
 
 
 class ToPoincare(torch.nn.Module):
-    r"""Clipped exponential map at the origin, as the last layer of a network.
+    r"""Clipped exponential map at the origin, `poincare.exp_map0`, as the last layer of a network.
 
-    .. math:: x = \exp_0(v \min(1, r / |v|)), \qquad
-        \exp_0(v) = \tanh(\sqrt c\,|v|) \frac{v}{\sqrt c\,|v|}
+    .. math:: x = \exp_0(v \min(1, r / |v|))
 
-    Shapes: ``(..., D)`` to ``(..., D)``. The output is at least float32, also under autocast: half precision has
-    too few digits near the boundary. Every loss, miner and evaluator behind this layer, also `HIERLoss`, needs
-    ``PoincareDistance(normalize_embeddings=False)``; otherwise points are mapped twice.
+    Shapes: ``(..., D)`` to ``(..., D)``. The output is at least float32, also under autocast. Every loss, miner
+    and evaluator behind this layer, also `HIERLoss`, needs ``PoincareDistance(normalize_embeddings=False)``;
+    otherwise points are mapped twice.
 
     Args:
         c: minus the curvature, a positive number; or a ``geoopt.PoincareBall``, also with learnable curvature.
@@ -62,7 +61,7 @@ class ToPoincare(torch.nn.Module):
 
 
 class FromPoincare(torch.nn.Module):
-    r"""Logarithmic map at the origin, the inverse of `ToPoincare` within the clip radius.
+    r"""Logarithmic map at the origin, `poincare.log_map0`, the inverse of `ToPoincare` within the clip radius.
 
     .. math:: v = \operatorname{artanh}(\sqrt c\,|x|) \frac{x}{\sqrt c\,|x|}
 

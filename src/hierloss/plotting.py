@@ -5,16 +5,23 @@ The disk is the unit disk: a point at hyperbolic distance ``d`` from the origin,
 drawn at radius ``tanh(sqrt(c) d / 2)``. Trees are drawn with c = 1.
 """
 
+import base64
+import gzip
 import importlib
 import io
+import json
 import math
+import re
+import string
+import textwrap
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from . import _page, poincare
+from . import poincare
 from ._checks import check_count, check_embeddings
 from ._layout import GREY, Leaves, Names, as_images, grouped, on_disk, prune, style
 from .distances import PoincareDistance
@@ -40,18 +47,12 @@ def plot_embeddings(
     between points are not preserved. Circles are labelled with their distances; the clip radius is dashed.
 
     Args:
-        embeddings: Euclidean features, shape ``(N, D)``, as they come from the network.
-        labels: shape ``(N,)``, for the colours; ``None`` draws all in one colour.
-        proxies: shape ``(P, D)``, ``HIERLoss.proxies``; ``None`` draws none.
+        embeddings: shape ``(N, D)``, as they go into the loss.
+        labels: shape ``(N,)``, for the colours.
+        proxies: shape ``(P, D)``, ``HIERLoss.proxies``.
         distance: gives curvature and clip radius, ``loss_func.distance``; default ``PoincareDistance()``.
         class_names: the name of each label, for the legend.
         ax: where to draw; ``None`` makes a new figure.
-
-    Returns:
-        The matplotlib axes.
-
-    Raises:
-        ImportError, TypeError, ValueError: no matplotlib; shapes that do not fit together; NaN or infinity.
 
     Example:
         >>> ax = plot_embeddings(torch.randn(20, 8), torch.arange(20) % 4, torch.randn(5, 8))
@@ -84,16 +85,12 @@ def plot_embeddings(
     if labels is not None or proxies is not None:
         _draw_legend(ax)
     clip = 2 * (distance.clip_radius or math.inf)
-    for far in [
-        *_imported("matplotlib.ticker").MaxNLocator(6).tick_values(0, 2 * norms.max())[1:-1],
-        clip,
-        math.inf,
-    ]:
+    ticks = _imported("matplotlib.ticker").MaxNLocator(6).tick_values(0, 2 * norms.max())[1:-1]
+    for far in [*ticks, clip, math.inf]:
         radius, dashed = math.tanh(root * far / 2), far == clip < math.inf
         ax.plot(*_xy(radius * _CIRCLE), color=GREY, lw=0.7, ls="--" if dashed else "-", zorder=0)
-        ax.text(
-            0, radius, "" if dashed or far == math.inf else f"{far:g}", color=GREY, fontsize=_FONT, ha="center"
-        )
+        if far in ticks and not dashed:
+            ax.text(0, radius, f"{far:g}", color=GREY, fontsize=_FONT, ha="center")
     limit = min(1.0, 1.08 * math.tanh(root * norms.max()) or 1.0)
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     ax.set_axis_off()
@@ -106,10 +103,9 @@ def plot_disk(
 ) -> "Axes":  # fmt: skip
     r"""Draw a hierarchy on the Poincaré disk, the root in the middle.
 
-    The hyperbolic distance of a node from the root (curvature -1) is proportional to the difference of their
-    heights; the factor is written in the corner. A branch that is drawn as one leaf is at height 0. Leaves are
-    evenly spaced. An edge goes along the circle of the parent, and then straight outwards. A branch has the colour
-    of the label of more than half of its leaves, grey if there is none.
+    The hyperbolic distance of a node from the root is proportional to the difference of their heights; the factor
+    is written in the corner. Leaves are evenly spaced. An edge goes along the circle of the parent, and then
+    straight outwards. A branch has the colour of the label of more than half of its leaves, grey if there is none.
 
     Args:
         tree: what to draw.
@@ -118,17 +114,10 @@ def plot_disk(
         class_names: the name of each label.
         names: of each leaf; default the leaf labels, if all are different. If there is too little room, only every
             n-th name is drawn, and a notice says so.
-        images: of each leaf, ``(N, H, W)`` or ``(N, H, W, channels)``, or a list of such; tensors of four
-            dimensions are ``(N, channels, H, W)``, as torch has them.
-        max_leaves: if there are more, each of the lowest branches is drawn as one leaf, whose size grows with
-            its number of leaves. It has the most frequent label, and the first image.
+        images: of each leaf, arrays ``(H, W)`` or ``(H, W, channels)``, or a tensor ``(N, channels, H, W)``.
+        max_leaves: if there are more, each of the lowest branches is drawn as one leaf at height 0, whose size
+            grows with its number of leaves. It has the most frequent label, and the first image.
         ax: where to draw; ``None`` makes a new figure.
-
-    Returns:
-        The matplotlib axes.
-
-    Raises:
-        ImportError, ValueError: no matplotlib; not one label, name or image for each leaf; no name for a label.
 
     Example:
         >>> ax = plot_disk(Hierarchy.from_embeddings(torch.randn(20, 8)), labels=torch.arange(20) % 4)
@@ -142,43 +131,33 @@ def plot_disk(
     from matplotlib.collections import LineCollection
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
-    below = [np.concatenate([members[leaf] for leaf in small.leaves(node)]) for node in range(small.num_nodes)]
-    widths = [0.7 + 0.2 * math.log2(len(rows)) for rows in below]
-    ax.add_collection(
-        LineCollection(
-            [np.transpose(_xy(edge)) for edge in edges],
-            colors=[leaves.color(rows) for rows in below[:-1]],
-            lw=widths,
-        )
-    )
+    below = [np.concatenate([members[leaf] for leaf in small.leaves(node)]) for node in range(small.root)]
+    colors, widths = [*map(leaves.color, below)], [0.7 + 0.2 * math.log2(len(rows)) for rows in below]
+    ax.add_collection(LineCollection([np.transpose(_xy(edge)) for edge in edges], colors=colors, lw=widths))
     ax.plot(*_xy(_CIRCLE), color=GREY, lw=0.8, zorder=0)
     ax.scatter(*_xy(points[count:]), s=4, color=GREY, zorder=2)
     ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
     ax.set_axis_off()
     _draw_leaves(ax, np.transpose(_xy(points[:count])), members, leaves)
 
-    # Names and images are spaced evenly, in the middle of the leaves' arcs; a line leads to each from its leaf.
-    places = small.spans[:count, 0]
-    around = np.exp(2j * math.pi * (places + 0.5) / count)
+    # A line leads outwards from each leaf to its image and name.
+    around, places = points[:count] / abs(points[:count]), small.spans[:count, 0]
     side = min(0.28, 0.86 * 2 * math.pi * 1.1 / count) if pictures else 0.0
-    half = min(_size(ax)) / 2
-    unit = max(half - 0.6 * _FONT * max(map(len, _titles(leaves, members, places)[0])), half / 3) / (
-        1.04 + 1.35 * side
-    )
+    start, half = 1.04 + 1.35 * side, min(_size(ax)) / 2
+    longest = max(len(_plain(leaves.title(rows))) for rows in members) if leaves.named else 0
+    unit = max(half - 0.6 * _FONT * longest, half / 3) / start
     titles, notice = _titles(leaves, members, places, 2 * math.pi * unit)
     if pictures or leaves.named:
-        leads = [np.transpose(_xy(np.array(ends))) for ends in zip(points, 1.02 * around, strict=False)]
+        leads = [np.transpose(_xy([leaf, 1.02 * end])) for leaf, end in zip(points, around, strict=False)]
         ax.add_collection(LineCollection(leads, colors=GREY, lw=0.4, alpha=0.5, zorder=0))
     for rows, at, title in zip(members, around, titles, strict=True):
         if pictures:
-            image, frame = (
-                pictures[rows[0]],
-                {"ec": style(leaves.group(rows))[0], "lw": max(0.6, side * unit / 20)},
-            )
+            image, (color, _) = pictures[rows[0]], style(leaves.group(rows))
+            frame = {"ec": color, "lw": max(0.6, side * unit / 20)}
             box = OffsetImage(image, zoom=0.88 * side * unit / max(image.shape[:2]), cmap="gray")
             ax.add_artist(AnnotationBbox(box, _xy(at * (1.03 + 0.62 * side)), pad=0.04, bboxprops=frame))
-        angle, left = math.degrees(math.atan2(at.imag, at.real)), at.real < 0
-        ax.text(*_xy(at * (1.04 + 1.35 * side)), title, fontsize=_FONT, rotation=angle + 180 * left,
+        left = at.real < 0
+        ax.text(*_xy(at * start), title, fontsize=_FONT, rotation=np.angle(at, deg=True) + 180 * left,
                 rotation_mode="anchor", va="center", ha="right" if left else "left")  # fmt: skip
     pruned = f"{tree.num_leaves} leaves in {count} branches" * (count < tree.num_leaves)
     notes = filter(None, [notice, pruned, f"distance from the root =\n{scale:.3g} × difference of height"])
@@ -191,31 +170,22 @@ def plot_dendrogram(tree: Hierarchy, *, max_leaves: int = 200, ax: "Axes | None"
     """Draw a hierarchy as a dendrogram, by SciPy: the root at the left, the leaves at the right.
 
     The arguments are those of `plot_disk`, without images. The axis ends a little below the lowest merge that
-    is drawn, because leaves are at height 0, often far below. The legend is above the axes;
-    ``ax.figure.suptitle`` leaves room for it.
-
-    Returns:
-        The matplotlib axes.
-
-    Raises:
-        ImportError, ValueError: as `plot_disk`; no SciPy.
+    is drawn, because leaves are at height 0, often far below.
 
     Example:
         >>> ax = plot_dendrogram(Hierarchy.from_embeddings(torch.randn(20, 8)), labels=torch.arange(20) % 4)
 
     Source: ``scipy.cluster.hierarchy.dendrogram``.
     """
-    leaves, matrix, scipy = Leaves(tree, **look), tree.linkage, _imported("scipy.cluster.hierarchy")
+    scipy, leaves = _imported("scipy.cluster.hierarchy"), Leaves(tree, **look)
     count = min(check_count("max_leaves", max_leaves, minimum=2), tree.num_leaves)
     if ax is None:
-        ax = _new_axes(
-            9, max(4.5, 1.5 + 0.03 * len(leaves.groups) + (_LINE / 72 if leaves.named else 0.05) * count)
-        )
-    below = [tree.leaf_order[start:stop] for start, stop in tree.spans]
-    drawn = scipy.dendrogram(matrix, count, "lastp", orientation="left", no_labels=True, ax=ax,
-                             link_color_func=lambda cluster: leaves.color(below[cluster]))  # fmt: skip
-    members = [below[cluster] for cluster in drawn["leaves"]]
-    low, high = matrix[-count + 1, 2], matrix[-1, 2]
+        row = _LINE / 72 if leaves.named else 0.05
+        ax = _new_axes(9, max(4.5, 1.5 + 0.03 * len(leaves.groups) + row * count))
+    drawn = scipy.dendrogram(tree.linkage, count, "lastp", orientation="left", no_labels=True, ax=ax,
+                             link_color_func=lambda node: leaves.color(leaves.below[node]))  # fmt: skip
+    members = [leaves.below[node] for node in drawn["leaves"]]
+    low, high = tree.linkage[-count + 1, 2], tree.linkage[-1, 2]
     end = max(0.0, 1.1 * low - 0.1 * high) if low < high else 0.0
     xy = np.stack([np.full(count, end), 5 + 10 * np.arange(count)], 1)
     _draw_leaves(ax, xy, members, leaves, above=True)
@@ -244,9 +214,6 @@ def write_html(
         title: heading of the page.
         disk: all other arguments of `plot_disk`, ``labels=`` for instance.
 
-    Raises:
-        ImportError, ValueError: as `plot_disk`; no plotly; not one text for each leaf.
-
     Example:
         >>> import tempfile
         >>> write_html(Hierarchy.from_embeddings(torch.randn(20, 8)), f"{tempfile.mkdtemp()}/tree.html")
@@ -258,23 +225,50 @@ def write_html(
         figure: Any = plot_disk(tree, **disk).figure
         figure.savefig(svg, format="svg", transparent=True, dpi=150, metadata={"Date": None})
         pyplot.close(figure)
-    leaves = Leaves(tree, *map(disk.get, ("labels", "class_names", "names")))
-    page = _page.render(tree, leaves, texts, title, svg.getvalue(), plotly.get_plotlyjs())
+    # Two decimals of a point are enough for a path, and half the size.
+    short = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg.getvalue())
+    icicle = _icicle(tree, Leaves(tree, *map(disk.get, ("labels", "class_names", "names"))), texts)
+    shown = json.dumps(short[short.index("<svg") :]), plotly.get_plotlyjs(), json.dumps(icicle)
+    script = "disk.innerHTML = {};\n{}\nPlotly.newPlot('tree', {})".format(*shown)
+    packed = gzip.compress(script.encode(), mtime=0)
+    text = base64.b85encode(packed, pad=True).decode()
+    page = _PAGE.format(title=escape(title), packed=text, size=len(packed), digits=_DIGITS)
     Path(path).write_text(page, encoding="utf-8")
+
+
+def _icicle(tree: Hierarchy, leaves: Leaves, texts: Any) -> dict[str, Any]:
+    """Plotly's foldable icicle plot. User text is escaped, because plotly interprets some HTML in texts."""
+    hover = [[leaves.title(rows)] for rows in leaves.below]
+    for node, lines in enumerate(hover):
+        if node < tree.num_leaves:
+            lines += [leaves.groups[leaves.index[node]]] if leaves.labelled else []
+            lines += [] if texts is None else textwrap.wrap(str(texts[node]), 60)
+        else:
+            proxy = "" if tree.proxies is None else f", proxy {tree.proxies[node]}"
+            lines += [f"{tree.sizes[node]} leaves, height {tree.heights[node]:.3g}{proxy}"]
+    shown = [[escape(line, quote=False) for line in lines] for lines in hover]
+    trace = {
+        "type": "icicle", "ids": [str(node) for node in range(tree.num_nodes)],
+        "parents": ["" if above < 0 else str(above) for above in tree.parents],
+        "labels": [lines[0] for lines in shown], "hovertext": ["<br>".join(lines) for lines in shown],
+        "values": tree.sizes.tolist(), "branchvalues": "total", "sort": False, "maxdepth": 5, "hoverinfo": "text",
+        "marker": {"colors": list(map(leaves.color, leaves.below)), "line": {"width": 0.5, "color": "white"}},
+        "outsidetextfont": {"color": "white"},
+    }  # fmt: skip
+    layout = {"margin": {"l": 0, "r": 0, "t": 24, "b": 0}, "paper_bgcolor": "rgba(0,0,0,0)"}
+    return {"data": [trace], "layout": layout, "config": {"responsive": True, "displayModeBar": False}}
 
 
 def _draw_leaves(ax: "Axes", xy: Any, members: list[np.ndarray], leaves: Leaves, above: bool = False) -> None:
     """Markers of the leaves, by label, that grow with the number of leaves they stand for; and the legend."""
     index = np.array([leaves.group(rows) for rows in members])
-    sizes = np.array([16 + 10 * math.log2(len(rows)) for rows in members])
+    sizes = 16 + 10 * np.log2([len(rows) for rows in members])
     _draw_points(ax, xy, index, leaves.groups, sizes, clip_on=False)
     if leaves.labelled:
         _draw_legend(ax, above)
 
 
-def _draw_points(
-    ax: Any, xy: Any, index: np.ndarray, groups: list[str], sizes: np.ndarray, **options: Any
-) -> None:
+def _draw_points(ax: Any, xy: Any, index: np.ndarray, groups: list[str], sizes: Any, **options: Any) -> None:
     """Points in the colour and marker of their group."""
     for group in np.unique(index):
         rows, (color, marker), name = index == group, style(group), _plain(groups[group])
@@ -292,9 +286,7 @@ def _draw_legend(ax: Any, above: bool = False) -> None:
         handle.set(sizes=[26])
 
 
-def _titles(
-    leaves: Leaves, members: list[np.ndarray], places: Any, room: float = math.inf
-) -> tuple[list[str], str]:
+def _titles(leaves: Leaves, members: Any, places: Any, room: float) -> tuple[list[str], str]:
     """The text at each drawn leaf, empty if there is no room or no name; and a notice of the omitted names."""
     step = max(1, math.ceil(len(members) * _LINE / room)) if leaves.named else 1
     # On a circle, the first name is next to the last.
@@ -331,3 +323,36 @@ def _imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f'pictures need {name.split(".")[0]}: pip install "hierloss[plot]"') from error
+
+
+# The digits of base64.b85encode.
+_DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "!#$%&()*+-;<=>?@^_`{|}~"
+
+# Plotly has 5 MB, compressed and as text 1.8 MB. The browser decompresses it, and loads nothing from the network.
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+  body {{ margin: 8px; font: 15px system-ui, sans-serif; color: #333; background: #fff; overflow-wrap: anywhere; }}
+  main {{ display: grid; grid-template-columns: 3fr 2fr; gap: 8px; }}
+  #disk svg {{ width: 100%; height: auto; }}
+  #disk text {{ fill: currentColor !important; }}
+  #tree {{ height: 88vh; }}
+  @media (max-width: 900px) {{ main {{ grid-template-columns: 100%; }} }}
+  @media (prefers-color-scheme: dark) {{ body {{ color: #ddd; background: #16181c; }} }}
+</style>
+<h2>{title}</h2>
+<main><div id="disk"></div><div id="tree"></div></main>
+<script>
+const text = "{packed}", words = new DataView(new ArrayBuffer(text.length / 5 * 4));
+for (let word = 0, i = 0; i < text.length; i++) {{
+  word = word * 85 + "{digits}".indexOf(text[i]);
+  if (i % 5 == 4) {{ words.setUint32((i - 4) / 5 * 4, word); word = 0; }}
+}}
+const packed = new Blob([words.buffer.slice(0, {size})]);
+new Response(packed.stream().pipeThrough(new DecompressionStream("gzip"))).text().then((code) =>
+  document.head.append(Object.assign(document.createElement("script"), {{ textContent: code }})));
+</script>
+"""

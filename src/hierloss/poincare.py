@@ -4,9 +4,8 @@ Conventions of this file
     - ``c > 0`` is a number or a tensor of one element; the curvature is ``-c``, the radius ``1 / sqrt(c)``.
     - ``x, y`` are points on the ball, ``v`` tangent vectors at the origin, of shape ``(..., D)``. Points on or
       outside the boundary are projected inside first.
-    - Coordinates are computed in float64, because float32 has too few digits near the boundary. The ``(N, M)``
-      part, which costs time, is stored in the dtype of the result. Devices without float64 use float32.
-    - Results have the dtype of the input, and at least float32.
+    - Coordinates are computed in float64, because float32 has too few digits near the boundary. Devices without
+      float64 use float32. Results have the dtype of the input, and at least float32.
 
 Sources: Ganea, Bécigneul, Hofmann, "Hyperbolic Neural Networks" (2018), lemma 2, for the maps; Ratcliffe,
 "Foundations of Hyperbolic Manifolds", section 4.5, for distance and hyperboloid.
@@ -21,27 +20,15 @@ from torch import Tensor
 from ._checks import check_number
 
 __all__ = [
-    "clip_norm",
-    "distance",
-    "exp_map0",
-    "from_hyperboloid",
-    "lift_queries",
-    "lift_references",
-    "log_map0",
-    "pairwise_distance",
-    "project",
-    "riemannian_gradient",
-    "to_hyperboloid",
-]
+    "clip_norm", "distance", "exp_map0", "from_hyperboloid", "lift_queries", "lift_references", "log_map0",
+    "pairwise_distance", "project", "riemannian_gradient", "to_hyperboloid",
+]  # fmt: skip
 
 _CHUNK_CELLS = 2**19  # of a distance matrix, processed at a time: 4 MB in float64
 
 
 def boundary_eps(dtype: torch.dtype) -> float:
-    """Distance from the boundary at which points are held, as a share of the radius: 4 units in the last place.
-
-    Rounding moves a norm by at most half a unit, so that ``1 - c|x|^2`` stays positive.
-    """
+    """Least distance from the boundary, as a share of the radius: after rounding, ``1 - c|x|^2`` is positive."""
     return 4 * torch.finfo(dtype).eps
 
 
@@ -51,26 +38,8 @@ def min_norm(dtype: torch.dtype) -> float:
 
 
 def linear_norm(dtype: torch.dtype) -> float:
-    """The norm ``n`` below which ``tanh(n) / n`` is set to 1: half the square root of the precision.
-
-    Below this norm, the ratio equals 1 in every digit, and its derivatives would be rounding errors.
-    """
+    """The norm ``n`` below which ``tanh(n) / n`` is 1 in every digit, and its derivatives are rounding errors."""
     return math.sqrt(torch.finfo(dtype).eps) / 2
-
-
-def coincident_eps(dtype: torch.dtype, dim: int) -> float:
-    """The squared distance, relative to the largest squared coordinate, below which two points count as equal.
-
-    It is the rounding error of `_squared_euclidean` for equal points: 2e-10 of the largest coordinate, squared, in
-    float64 and 128 dimensions.
-    """
-    return 4 * dim * torch.finfo(dtype).eps * 2.0 ** -_grid_bits(dtype, dim)
-
-
-def _grid_bits(dtype: torch.dtype, dim: int) -> int:
-    """Bits per coordinate such that sums of ``4 * dim`` products of two coordinates are exact."""
-    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
-    return (digits - 2 - math.ceil(math.log2(max(dim, 2)))) // 2
 
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
@@ -141,9 +110,8 @@ def project(x: Tensor, c: float | Tensor) -> Tensor:
         tensor([[1.0000, 0.0000],
                 [0.5000, 0.0000]])
     """
-    dtype = result_dtype(x)
     w = working(x)
-    return (w * _inside(_sqrt(c, w) * _norm(w), dtype)).to(dtype)
+    return (w * _inside(_sqrt(c, w) * _norm(w), result_dtype(x))).to(result_dtype(x))
 
 
 def _inside(norm: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,20 +125,16 @@ def exp_map0(v: Tensor, c: float | Tensor, clip_radius: float | None = None) -> 
 
     .. math:: \exp_0(v) = \tanh(\sqrt c\,|v|) \frac{v}{\sqrt c\,|v|}
 
-    Args:
-        v: tangent vectors of shape ``(..., D)``.
-        c: minus the curvature.
-        clip_radius: the norms of ``v`` are first limited to this value, see `clip_norm`.
+    With ``clip_radius``, the norms are first limited to this value, see `clip_norm`.
 
     Example:
         >>> exp_map0(torch.tensor([[1.0, 0.0]]), c=1.0)
         tensor([[0.7616, 0.0000]])
     """
-    dtype = result_dtype(v)
     w = working(v if clip_radius is None else clip_norm(working(v), clip_radius))
     norm = _norm(_sqrt(c, w) * w).clamp_min(linear_norm(w.dtype))
     tanh = norm.tanh()
-    return (w * (tanh / norm) * _inside(tanh, dtype)).to(dtype)
+    return (w * (tanh / norm) * _inside(tanh, result_dtype(v))).to(result_dtype(v))
 
 
 def log_map0(x: Tensor, c: float | Tensor) -> Tensor:
@@ -200,19 +164,10 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
     .. math:: d(x, y) = \frac{2}{\sqrt c} \operatorname{arsinh}
         \frac{\sqrt c\,|x - y|}{\sqrt{(1 - c|x|^2)(1 - c|y|^2)}}
 
-    The gradient at coincident points is 0.
-
-    Args:
-        x: points of shape ``(..., D)``.
-        y: points of a shape that broadcasts with ``x``.
-        c: minus the curvature.
-
-    Returns:
-        Distances of shape ``(...)``.
+    The shapes ``(..., D)`` of ``x`` and ``y`` broadcast, to ``(...)``. The gradient at coincident points is 0.
 
     Example:
-        >>> x, y = torch.tensor([[0.5, 0.0]]), torch.tensor([[-0.5, 0.0]])
-        >>> distance(x, y, c=1.0)
+        >>> distance(torch.tensor([[0.5, 0.0]]), torch.tensor([[-0.5, 0.0]]), c=1.0)
         tensor([2.1972])
     """
     p, q = _unit_ball(x, c), _unit_ball(y, c)
@@ -224,21 +179,11 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
 
 
 def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    r"""Hyperbolic distances of all pairs, by matrix products without cancellation errors.
+    r"""Hyperbolic distances of all pairs, by matrix products without cancellation errors, in ``O(NM)`` memory.
 
-    The alternatives are worse in measurements (docs/numerics.md). geoopt's ``dist`` over all pairs takes 70 times
-    as long and ``O(NMD)`` memory, and loses all digits near the boundary. ``torch.cdist`` by matrix products loses
-    the digits of near pairs. This function takes ``O(NM)`` memory and is as exact as `distance` in
-    float32. In float64, points closer than about 1e-10 of the largest coordinate count as equal.
-
-    Args:
-        x: points of shape ``(..., N, D)``.
-        y: points of shape ``(..., M, D)``.
-        c: minus the curvature.
-        dtype: dtype of the result, ``None`` for that of the points, at least float32.
-
-    Returns:
-        Distances of shape ``(..., N, M)``.
+    Shapes: ``(..., N, D)`` and ``(..., M, D)`` to ``(..., N, M)``, in ``dtype``, by default that of the points. In
+    float32 it is as exact as `distance`; in float64, points closer than about 1e-10 of the largest coordinate
+    count as equal. docs/numerics.md compares it with geoopt and with ``torch.cdist``.
 
     Example:
         >>> x = torch.tensor([[0.5, 0.0], [0.0, 0.0]])
@@ -263,17 +208,19 @@ def _squared_euclidean(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     Each coordinate is split into a part on a coarse grid, whose inner products are exact, and a small remainder:
     ``|x-y|^2 = |qx-qy|^2 + (corrections with the remainders)``. Cancellation occurs only in the first term.
     """
-    dim = x.shape[-1]
-    digits = 1 - round(math.log2(torch.finfo(x.dtype).eps))
+    dim, eps = x.shape[-1], torch.finfo(x.dtype).eps
+    digits = 1 - round(math.log2(eps))
+    bits = (digits - 2 - math.ceil(math.log2(max(dim, 2)))) // 2  # sums of 4 * dim products are then exact
     # Adding and subtracting a large number rounds to a multiple of its last place.
-    shift = scale * 2.0 ** (digits - _grid_bits(x.dtype, dim))
+    shift = scale * 2.0 ** (digits - bits)
     qx, qy = (x + shift) - shift, (y + shift) - shift
     rx, ry = x - qx, y - qy
     exact = qx.square().sum(-1, keepdim=True) + qy.square().sum(-1).unsqueeze(-2)
     exact -= 2 * (qx @ qy.mT)
     exact += ((x + qx) * rx).sum(-1, keepdim=True) + ((y + qy) * ry).sum(-1).unsqueeze(-2)
     exact -= 2 * (torch.cat([x, rx], -1) @ torch.cat([ry, qy], -1).mT)
-    return exact.masked_fill_(exact < coincident_eps(x.dtype, dim) * scale.square(), 0)
+    coincident_eps = 4 * dim * eps * 2.0**-bits  # the rounding error for equal points, relative to scale squared
+    return exact.masked_fill_(exact < coincident_eps * scale.square(), 0)
 
 
 class _PairwiseDistance(torch.autograd.Function):
@@ -283,7 +230,7 @@ class _PairwiseDistance(torch.autograd.Function):
     def forward(x, y, fx, fy, radius, dtype):  # type: ignore[no-untyped-def]
         scale = torch.maximum(_largest_coordinate(x), _largest_coordinate(y))
         chunks = []
-        for rows, f in _row_chunks(x, fx, y.shape[-2]):
+        for rows, f in _row_chunks(y.shape[-2], x, fx):
             ratio = _squared_euclidean(rows, y, scale).sqrt_().mul_(f).mul_(fy.mT).to(dtype)
             # arsinh, in a fast form without cancellation near 0
             root = ratio.square().add_(1).sqrt_().add_(1)
@@ -298,10 +245,8 @@ class _PairwiseDistance(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, y, fx, fy, radius, out = ctx.saved_tensors
         grad_x, grad_fx, grad_y, grad_fy, grad_radius = [], [], 0, 0, 0
-        start = 0
-        for rows, f in _row_chunks(x, fx, y.shape[-2]):
-            here = slice(start, start := start + rows.shape[-2])
-            g, d = grad[..., here, :].to(x.dtype), out[..., here, :].to(x.dtype) / radius
+        for rows, f, grad_rows, out_rows in _row_chunks(y.shape[-2], x, fx, grad, out):
+            g, d = grad_rows.to(x.dtype), out_rows.to(x.dtype) / radius
             # dd/dx = w (x - y): with q = sinh(d/2), dd/d|x-y| / |x-y| = 4 (fx fy)^2 / sinh(d)
             w = g * radius * 4 / d.sinh().masked_fill(d == 0, math.inf) * f.square() * fy.square().mT
             t = 2 * radius * g * (d / 2).tanh()
@@ -318,10 +263,10 @@ def _largest_coordinate(x: Tensor) -> Tensor:
     return x.nan_to_num(nan=0.0).abs().amax() if x.numel() else x.new_zeros(())
 
 
-def _row_chunks(x: Tensor, f: Tensor, width: int) -> list[tuple[Tensor, Tensor]]:
-    """The rows of ``x`` and ``f``, as many at a time as `_CHUNK_CELLS` allows."""
+def _row_chunks(width: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The rows of all tensors, as many at a time as `_CHUNK_CELLS` allows for a result of this width."""
     rows = max(1, _CHUNK_CELLS // max(1, width))
-    return list(zip(x.split(rows, -2), f.split(rows, -2), strict=True))
+    return list(zip(*(tensor.split(rows, -2) for tensor in tensors), strict=True))
 
 
 def to_hyperboloid(x: Tensor, c: float | Tensor) -> Tensor:
@@ -329,20 +274,15 @@ def to_hyperboloid(x: Tensor, c: float | Tensor) -> Tensor:
 
     .. math:: s = \frac{2x}{1 - c|x|^2}, \qquad t = \frac{1}{\sqrt c} \frac{1 + c|x|^2}{1 - c|x|^2}
 
-    For lifted points, ``cosh(sqrt(c) d(x, y)) = c (t_x t_y - <s_x, s_y>)``.
-
-    Returns:
-        Points of shape ``(..., D + 1)``.
+    For lifted points ``(..., D + 1)``, ``cosh(sqrt(c) d(x, y)) = c (t_x t_y - <s_x, s_y>)``.
 
     Example:
         >>> to_hyperboloid(torch.tensor([[0.5, 0.0]]), c=1.0)
         tensor([[1.3333, 0.0000, 1.6667]])
     """
-    root = _sqrt(c, working(x))
     p = _unit_ball(x, c)
-    factor = _lorentz_factor(p).square()
-    time = 2 * factor - 1
-    return (torch.cat([2 * factor * p, time], -1) / root).to(result_dtype(x))
+    factor = 2 * _lorentz_factor(p).square()
+    return (torch.cat([factor * p, factor - 1], -1) / _sqrt(c, p)).to(result_dtype(x))
 
 
 def from_hyperboloid(points: Tensor, c: float | Tensor) -> Tensor:
@@ -355,35 +295,28 @@ def from_hyperboloid(points: Tensor, c: float | Tensor) -> Tensor:
         tensor([[0.5000, 0.0000]])
     """
     w = working(points)
-    space, time = w[..., :-1], w[..., -1:]
+    space, time = w.tensor_split([-1], -1)
     # 0 * time is NaN for an infinite time: without it, the result would be the origin.
     return project((space / (1 + _sqrt(c, w) * time + 0 * time)).to(result_dtype(points)), c)
 
 
 def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = None) -> Tensor:
-    r"""Vectors to store for hyperbolic search by inner product, in FAISS or a vector database.
+    r"""Vectors ``(..., D + 2)`` to store for hyperbolic search by inner product, in FAISS or a vector database.
 
     .. math:: y' = \left(s_y,\; t_y,\; \sqrt{L^2 - |s_y|^2 - t_y^2}\right), \qquad
         \langle x'', y' \rangle = -\cosh(\sqrt c\,d(x, y))
 
     with ``(s, t)`` of `to_hyperboloid` and ``x''`` of `lift_queries`. The nearest references have the greatest
-    inner product. The last coordinate is multiplied by 0 in every query; it gives all vectors the same length
-    ``L``, for graphs of neighbours such as HNSW, which link vectors by their inner product.
+    inner product. The last coordinate has no effect on it, but gives all vectors the same length ``L``: graphs of
+    neighbours such as HNSW link vectors by their inner product.
 
-    Args:
-        x: points of shape ``(..., D)``.
-        c: minus the curvature.
-        max_distance: largest distance from the origin of all points that are stored together, if they come in
-            several calls: ``2 * clip_radius`` for embeddings of a `PoincareDistance`. ``None``: that of ``x``.
-
-    Returns:
-        Vectors of shape ``(..., D + 2)``.
+    If points that are stored together come in several calls, ``max_distance`` must be the largest distance of all
+    from the origin: ``2 * clip_radius`` for embeddings of a `PoincareDistance`. By default it is that of ``x``.
 
     Example:
-        >>> references, query = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.8, 0.0]]), torch.tensor([[0.6, 0.0]])
-        >>> scores = lift_queries(query, c=1.0) @ lift_references(references, c=1.0).T
-        >>> scores.argmax(), distance(query, references, c=1.0).argmin()
-        (tensor(1), tensor(1))
+        >>> references = lift_references(torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.8, 0.0]]), c=1.0)
+        >>> (lift_queries(torch.tensor([[0.6, 0.0]]), c=1.0) @ references.T).argmax()
+        tensor(1)
 
     Source: Nickel, Kiela, "Learning Continuous Hierarchies in the Lorentz Model" (ICML 2018), equation 5;
     Bachrach et al., "Speeding Up the Xbox Recommender System" (RecSys 2014) for the last coordinate.
@@ -402,15 +335,12 @@ def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = N
 
 
 def lift_queries(x: Tensor, c: float | Tensor) -> Tensor:
-    r"""Query vectors for a search among stored vectors of `lift_references`.
+    r"""Query vectors ``(..., D + 2)`` for a search among stored vectors of `lift_references`.
 
     .. math:: x'' = c\,(s_x,\; -t_x,\; 0), \qquad \langle x'', y' \rangle = -\cosh(\sqrt c\,d(x, y))
 
     The distance is ``arcosh(-score) / sqrt(c)``. Float32 scores have too few digits for near pairs, and far from
     the origin for all pairs: request more candidates than needed, and sort them by `distance`.
-
-    Returns:
-        Vectors of shape ``(..., D + 2)``.
 
     Example:
         >>> query, reference = torch.tensor([[0.6, 0.0]]), torch.tensor([[0.0, 0.0]])
@@ -419,9 +349,8 @@ def lift_queries(x: Tensor, c: float | Tensor) -> Tensor:
         (tensor([[1.3863]]), tensor([1.3863]))
     """
     lifted = to_hyperboloid(x, c)
-    c = _sqrt(c, lifted).square()
-    space, time = lifted[..., :-1], lifted[..., -1:]
-    return torch.cat([c * space, -c * time, torch.zeros_like(time)], -1)
+    space, time = (_sqrt(c, lifted).square() * lifted).tensor_split([-1], -1)
+    return torch.cat([space, -time, torch.zeros_like(time)], -1)
 
 
 def riemannian_gradient(x: Tensor, c: float | Tensor) -> Tensor:

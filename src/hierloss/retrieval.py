@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_metric_learning.utils.inference import return_results
 from torch import Tensor
 
 from . import poincare
@@ -42,9 +41,9 @@ class PoincareKNN:
 
     with ``x''`` of `poincare.lift_queries` and ``y'`` of `poincare.lift_references`. So candidates come from
     maximum inner product search, by FAISS in float32 where it is installed and the queries are on the CPU,
-    otherwise by torch in float64. More than ``k`` candidates are sorted by their distances in float64. A bound on
-    the rounding errors finds the queries that may have missed a nearer reference. These are searched again with
-    more digits, and finally by all of their distances. Memory is ``O((N + M) D + N k)``.
+    otherwise by torch in float64. They are sorted by their distances in float64. A bound on the rounding errors
+    finds the queries that may have missed a nearer reference. These are searched again with more digits, and
+    finally by all of their distances. Memory is ``O((N + M) D + N k)``.
 
     Pass it as ``knn_func`` to PML's `AccuracyCalculator` or `InferenceModel`. PML's testers and `InferenceModel`
     scale embeddings to norm 1 by default: give them ``normalize_embeddings=False``.
@@ -57,8 +56,8 @@ class PoincareKNN:
     Example:
         >>> from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
         >>> calculator = AccuracyCalculator(include=("precision_at_1",), knn_func=PoincareKNN())
-        >>> embeddings, labels = torch.randn(100, 16), torch.arange(100) % 5
-        >>> accuracy = calculator.get_accuracy(embeddings, labels)
+        >>> embeddings = torch.randn(100, 16)
+        >>> accuracy = calculator.get_accuracy(embeddings, torch.arange(100) % 5)
         >>> distances, indices = PoincareKNN()(embeddings[:2], 3, embeddings)
         >>> indices[:, 0]
         tensor([0, 1])
@@ -124,6 +123,9 @@ class PoincareKNN:
             self._prepared = prepared
         distances, indices = prepared.nearest(_by_rows(self._on_unit_ball, query), k + ref_includes_query)
         distances = distances.to(poincare.result_dtype(query, embeddings))
+        # Imported here: PML's module imports FAISS, which is slow.
+        from pytorch_metric_learning.utils.inference import return_results
+
         neighbors: tuple[Tensor, Tensor] = return_results(distances, indices, ref_includes_query)
         return neighbors
 
@@ -156,13 +158,12 @@ class _References:
 
     def __init__(self, points: Tensor, c: float, index: str | Callable[[int], Any] | None) -> None:
         self.points, self.c = points, c
-        self.lorentz_factor = _by_rows(poincare._lorentz_factor, points)
-        self.largest_time = 2 * self.lorentz_factor.amax().square() - 1
+        self.largest_time = 2 * _by_rows(poincare._lorentz_factor, points).amax().square() - 1
         self.index: Any = None
         if index is not None or (points.device.type == "cpu" and _faiss() is not None):
             self.index = _build_index(self._lifted(torch.float32).cpu().numpy(), index or "Flat")
 
-    def _lifted(self, dtype: torch.dtype) -> Tensor:
+    def _lifted(self, dtype: torch.dtype) -> Any:
         """The vectors whose inner products are searched."""
         farthest = float(self.largest_time.acosh())
         return _by_rows(lambda rows: poincare.lift_references(rows, 1.0, farthest).to(dtype), self.points)
@@ -197,40 +198,31 @@ class _References:
 
     def _search_products(self, points: Tensor, k: int) -> Found:
         """By inner products of all pairs, in float64."""
-        query = poincare.lift_queries(points, 1.0)
-        lifted = self._lifted(torch.float64)
-        found = [(rows @ lifted.T).topk(k + _EXTRA) for rows in query.split(_rows_at_once(len(lifted)))]
-        scores, candidates = (torch.cat(parts) for parts in zip(*found, strict=True))
+        query, lifted = poincare.lift_queries(points, 1.0), self._lifted(torch.float64)
+        scores, candidates = _by_rows(lambda rows: (rows @ lifted.T).topk(k + _EXTRA), query, width=len(lifted))
         distances, indices = self._rank(points, candidates, k)
         return distances, indices, self._decided(query, distances, scores, torch.float64)
 
     def _search_all(self, points: Tensor, k: int) -> Found:
         """By the distances of all pairs."""
-        parts = []
-        for rows in points.split(_rows_at_once(len(self.points))):
-            distances, indices = self._distances(rows, self.points, self.lorentz_factor).sort(stable=True)
-            parts.append((distances[:, :k], indices[:, :k]))
-        distances, indices = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        return distances, indices, torch.ones_like(indices[:, 0], dtype=torch.bool)
 
-    def _rank(self, points: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        def rank(rows: Tensor) -> tuple[Tensor, Tensor]:
+            distances, indices = _pairwise_distance(rows, self.points).sort(stable=True)
+            return distances[:, :k], indices[:, :k]
+
+        distances, indices = _by_rows(rank, points, width=len(self.points))
+        return distances, indices, torch.ones_like(points[:, 0], dtype=torch.bool)
+
+    def _rank(self, points: Tensor, candidates: Tensor, k: int) -> Any:
         """The k nearest of the candidates of each point, from their distances; -1 means no candidate."""
-        candidates = candidates.sort().values  # so that a stable sort puts the lower index first
-        parts = []
-        size = _rows_at_once(candidates.shape[1] * points.shape[1])
-        for rows, chosen in zip(points.split(size), candidates.split(size), strict=True):
-            distances = self._distances(
-                rows.unsqueeze(1), self.points[chosen], self.lorentz_factor[chosen]
-            ).squeeze(1)
-            distances, order = distances.masked_fill(chosen < 0, torch.inf).sort(stable=True)
-            parts.append((distances[:, :k], chosen.gather(1, order[:, :k])))
-        distances, indices = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        return distances, indices
 
-    def _distances(self, x: Tensor, y: Tensor, lorentz_factor: Tensor) -> Tensor:
-        """Distances of all pairs in the form of `poincare.distance`, with ``|x - y|`` from differences."""
-        gap = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-        return 2 * (gap * poincare._lorentz_factor(x) * lorentz_factor.mT).asinh()
+        def rank(rows: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+            chosen = chosen.sort().values  # so that a stable sort puts the lower index first
+            distances = _pairwise_distance(rows.unsqueeze(1), self.points[chosen]).squeeze(1)
+            distances, order = distances.masked_fill(chosen < 0, torch.inf).sort(stable=True)
+            return distances[:, :k], chosen.gather(1, order[:, :k])
+
+        return _by_rows(rank, points, candidates, width=candidates.shape[1] * points.shape[1])
 
     def _decided(self, query: Tensor, distances: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
         """Whether it is proved that all references as near as the k-th neighbour are candidates.
@@ -247,6 +239,12 @@ class _References:
         # eps is two units; 8 extra dimensions cover the rounding of the vectors, and of this computation
         error = (query.shape[1] + 8) * torch.finfo(dtype).eps * 2 * time * farthest
         return last.cosh() + error < -scores[:, -1]
+
+
+def _pairwise_distance(x: Tensor, y: Tensor) -> Tensor:
+    """Distances of all pairs on the unit ball, as exact as `poincare.distance`: ``|x - y|`` from differences."""
+    gap = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    return 2 * (gap * poincare._lorentz_factor(x) * poincare._lorentz_factor(y).mT).asinh()
 
 
 def _build_index(vectors: "np.ndarray[Any, Any]", index: str | Callable[[int], Any]) -> Any:
@@ -275,20 +273,16 @@ def _faiss() -> Any:
     return faiss
 
 
-def _rows_at_once(width: int) -> int:
-    """Number of rows of this width that are processed at a time."""
-    return max(1, _CHUNK_CELLS // width)
-
-
-def _by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, in chunks of rows that fit into the cache."""
-    return torch.cat([function(rows) for rows in x.split(_rows_at_once(8 * x.shape[1]))])
+def _by_rows(function: Callable[..., Any], *tensors: Tensor, width: int | None = None) -> Any:
+    """``function(*tensors)``, in chunks of rows that fit into the cache, at ``width`` numbers for each row."""
+    rows = max(1, _CHUNK_CELLS // (width or 8 * tensors[0].shape[1]))
+    parts = [function(*chunks) for chunks in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else map(torch.cat, zip(*parts, strict=True))
 
 
 def _check(name: str, embeddings: Tensor) -> None:
     """Raise unless the embeddings are a finite floating point matrix."""
     check_embeddings(name, embeddings)
-    least, most = embeddings.aminmax()  # both are NaN if any value is
-    if not (least.isfinite() & most.isfinite()):
-        row = int((~embeddings.isfinite()).any(1).nonzero()[0])
-        raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
+    finite = embeddings.isfinite().all(1)
+    if not finite.all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity in row {int(finite.int().argmin())}")

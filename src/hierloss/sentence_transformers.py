@@ -18,7 +18,6 @@ from .losses import HIERLoss
 __all__ = ["PMLLoss", "SaveLossCallback"]
 
 _RAW = "embedding_before_normalization"
-_FILE = "loss.pt"
 
 
 class PMLLoss(nn.Module):
@@ -37,7 +36,6 @@ class PMLLoss(nn.Module):
         frozen_neighbors: if ``True``, each `HIERLoss` finds neighbours by a frozen copy of ``model`` as it is now.
 
     Raises:
-        TypeError, ValueError: an argument that is not as described; no labels, or texts in several columns.
         RuntimeError: a loss with parameters in several processes, where nothing would synchronize them.
 
     Example::
@@ -86,7 +84,8 @@ class PMLLoss(nn.Module):
                 "several processes see examples/ddp.py"
             )
         features = dict(sentence_features[0])
-        embeddings = _embed(self.model, dict(features))
+        found = self.model(dict(features))
+        embeddings = found.get(_RAW, found["sentence_embedding"])
         with ExitStack() as stack:
             for frozen in self._frozen:
                 with torch.no_grad():
@@ -105,9 +104,6 @@ class SaveLossCallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         loss: a `PMLLoss`; its model is left out, because the trainer saves it.
-
-    Raises:
-        FileNotFoundError: the output folder has no such checkpoint, or it was written without this callback.
     """
 
     def __init__(self, loss: PMLLoss) -> None:
@@ -123,15 +119,8 @@ class SaveLossCallback(TrainerCallback):  # type: ignore[misc]
 
     @staticmethod
     def _file(args: Any, state: Any) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / _FILE
+        return Path(args.output_dir, f"checkpoint-{state.global_step}", "loss.pt")
 
 
 def _keep_raw(module: nn.Module, inputs: tuple[dict[str, Any]]) -> None:
     inputs[0][_RAW] = inputs[0]["sentence_embedding"]
-
-
-def _embed(model: nn.Module, features: dict[str, Any]) -> Tensor:
-    """Embeddings before normalization."""
-    found = model(features)
-    embeddings: Tensor = found.get(_RAW, found["sentence_embedding"])
-    return embeddings
