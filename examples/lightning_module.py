@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from pytorch_metric_learning import losses
 from pytorch_metric_learning.distances import CosineSimilarity
@@ -48,7 +49,10 @@ class HIERCallback(lightning.Callback):  # type: ignore[misc]
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         if trainer.current_epoch == 0:  # the embeddings mean something now
             module.hier.init_proxies(self.samples(trainer, module)[0])
+            with torch.no_grad():  # processes have other samples, and must have the same proxies
+                module.hier.proxies.copy_(trainer.strategy.broadcast(module.hier.proxies))
 
+    @rank_zero_only  # type: ignore[untyped-decorator]
     def on_fit_end(self, trainer: Any, module: Any) -> None:
         tree = module.hier.hierarchy(*self.samples(trainer, module))
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -55,3 +55,11 @@ def test_the_saved_proxies_load_without_the_trainer(trained):
         state = torch.load(folder / "half.ckpt", weights_only=True)["state_dict"]
         proxies = state["both.loss_func.losses.1.proxies"]
     torch.testing.assert_close(proxies, plain_loop(STEPS // 2)["loss_func.losses.1.proxies"])
+
+
+def test_the_lightning_callback_keeps_proxies_equal(tmp_path):
+    pytest.importorskip("lightning")
+    status, log = torchrun(WORLD_SIZE, "callback", tmp_path, worker="trainers_worker.py")
+    assert status == 0, log
+    assert_same_on_all([torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)])
+    assert {path.name for path in (tmp_path / "tree").iterdir()} == {"tree.json", "tree.html"}

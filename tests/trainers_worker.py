@@ -4,6 +4,7 @@
 are one batch of all processes, and neither losses nor miner mind its order. So each step is that of one process.
 """
 
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,13 +120,42 @@ def lightning(folder: Path, steps: int, resume: bool) -> torch.nn.Module:
     return module.both
 
 
+def callback(folder: Path) -> dict[str, Tensor]:
+    """The callback of examples/lightning_module.py, which initializes proxies from samples of each process."""
+    from lightning import Trainer
+
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "lightning_module.py"))
+    torch.manual_seed(0)
+    module, digits = example["MetricLearner"](), TensorDataset(torch.randn(90, 64), torch.arange(90) % 5)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=WORLD_SIZE,
+        strategy="ddp",
+        max_epochs=2,
+        callbacks=[example["HIERCallback"](folder / "tree", max_samples=45)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(digits, batch_size=15))
+    return {"proxies": module.hier.proxies.detach()}
+
+
 def main(what: str, folder: Path) -> None:
     torch.set_num_threads(1)
+    if what == "callback":
+        finish(callback(folder), folder)
+        return
     train = {"accelerate": accelerate, "transformers": transformers, "lightning": lightning}[what]
     results: dict[str, Any] = {}
     for name, steps, resume in (("whole", STEPS, False), ("half", STEPS // 2, False), ("resumed", STEPS, True)):
         module = train(folder / ("whole" if name == "whole" else "parts"), steps, resume)
         results[name] = {key: value.detach().clone() for key, value in module.state_dict().items()}
+    finish(results, folder)
+
+
+def finish(results: dict[str, Any], folder: Path) -> None:
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.barrier()  # gloo can hang if a process group is destroyed while a gather is being cleaned up
     torch.distributed.destroy_process_group()
