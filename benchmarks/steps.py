@@ -1,6 +1,6 @@
 """What HIER adds to training steps: ``python -m benchmarks steps``, with the extra ``evidence``.
 
-Networks have random weights, which time does not depend on.
+Networks have random weights: the time does not depend on them.
 """
 
 import statistics

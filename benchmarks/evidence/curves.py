@@ -72,7 +72,8 @@ def table(found: pd.DataFrame) -> str:
     for (length, dataset, loss), own in alone.groupby(cells, sort=False):
         start = [f"{dataset}, {loss}", f"{length} {UNITS[dataset]}"]
         lines.append([*start, "none", str(len(own)), *(f"{mean:.1f}" for mean in own.mean())])
-        if length:  # before training, all methods are the same
+        # Before training, all methods are the same. A cell may have no method but "none" so far.
+        if length and (length, dataset, loss) in means.index.droplevel("method"):
             mean, half = (frame.xs((length, dataset, loss), level=cells) for frame in (means, halves))
             for method in mean.index:
                 values = [f"{m:+.1f} ± {h:.1f}" for m, h in zip(mean.loc[method], half.loc[method], strict=True)]

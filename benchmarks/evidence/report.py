@@ -97,7 +97,6 @@ def table(gained: pd.DataFrame) -> str:
     means, halves = differences(gained)
     lines = []
     for (length, method), own in gained.groupby(["length", "method"], sort=False):
-        keys = {"length": length, "method": method}
         mean, half = interval(over_cells(own.xs((length, method), level=["length", "method"])))
         each, widths = (frame.xs((length, method), level=["length", "method"]) for frame in (means, halves))
         counts = zip((each > widths).sum(), (-each > widths).sum(), strict=True)
@@ -105,7 +104,7 @@ def table(gained: pd.DataFrame) -> str:
             f"{m:+.1f} ± {h:.1f} ({up} up, {down} down of {len(each)})"
             for m, h, (up, down) in zip(mean, half, counts, strict=True)
         ]
-        lines.append([keys["method"], keys["length"], *cells])
+        lines.append([method, length, *cells])
     return markdown(["method", "length", *SCORES], lines)
 
 
@@ -120,7 +119,7 @@ def without_training_longer(rows: list[Row], lengths: dict[tuple[str, str], int]
     } | two_lengths(lengths)
     found = scores(rows, "test", options)
     runs = found.xs("best length", level="length").groupby([*CELL, "seed"])[SCORES[0]].size()
-    common = runs.index[runs == runs.max()]
+    common = runs.index[runs == found.index.unique("method").size]
     found = found[found.index.droplevel(["length", "method"]).isin(common)]
     means = found.groupby(["method", "length"], sort=False).mean()
     order = [(m, o) for m in METHODS for o in options if (m, o) in means.index]
@@ -137,7 +136,7 @@ def figure(rows: list[Row], lengths: dict[tuple[str, str], int]) -> Figure:
     axes = picture.subplots(len(datasets), len(SCORES), squeeze=False, sharex=True)
     for line, dataset in zip(axes, datasets, strict=True):
         for method, color in SHOWN.items():
-            own = gained[(gained.index.get_level_values("dataset") == dataset)].query("method == @method")
+            own = gained.query("dataset == @dataset and method == @method")
             points = [
                 interval(over_cells(o.droplevel(["length", "method"])))
                 for _, o in own.groupby("length", sort=False)

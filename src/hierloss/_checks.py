@@ -67,6 +67,14 @@ def check_embeddings(name: str, embeddings: Tensor, width: int | None = None) ->
         raise ValueError(f"{name} must have {width} columns, the embedding_size of the proxies, got shape {shape}")
 
 
+def check_finite(name: str, embeddings: Tensor) -> None:
+    """Raise unless the embeddings are a finite floating point matrix."""
+    check_embeddings(name, embeddings)
+    finite = embeddings.isfinite().all(1)
+    if not finite.all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity in row {int(finite.int().argmin())}")
+
+
 def check_labels(labels: Tensor | None, count: int) -> None:
     """Raise unless ``labels`` is ``None`` or has one entry for each of ``count`` embeddings."""
     if labels is None:

@@ -34,6 +34,10 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
         **kwargs: PML's options: ``include``, ``knn_func``, ``device``, and so on;
             ``superclass_precision_at_k`` needs a number for ``k``.
 
+    Raises:
+        ValueError: a taxonomy without superclasses, or with different numbers of them; in use, a label that it
+            does not have.
+
     Example:
         >>> scores = ("superclass_precision_at_1", "hierarchical_average_precision")
         >>> calculator = HierarchicalAccuracyCalculator({0: 7, 1: 7, 2: 8}, include=scores)
@@ -87,9 +91,14 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
         return pml.precision_at_k(found[counted], own[counted][:, None], found.shape[1], *options)
 
     def calculate_hierarchical_average_precision(
-        self, query: Tensor, reference: Tensor, query_labels: Tensor, reference_labels: Tensor,
-        ref_includes_query: bool, **_: Any,
-    ) -> float:  # fmt: skip
+        self,
+        query: Tensor,
+        reference: Tensor,
+        query_labels: Tensor,
+        reference_labels: Tensor,
+        ref_includes_query: bool,
+        **_: Any,
+    ) -> float:
         nearest = self.knn_func(query, len(reference) - ref_includes_query, reference, ref_includes_query)[1]
         own, other = self._taxonomy(query_labels), self._taxonomy(reference_labels)
         chunks = np.array_split(np.arange(len(own)), 1 + len(own) * len(other) // 2**22)

@@ -95,9 +95,14 @@ class Hierarchy:
     @classmethod
     @torch.no_grad()
     def from_embeddings(
-        cls, embeddings: Tensor, labels: Any = None, *, per_class: bool = False, linkage: str = "average",
+        cls,
+        embeddings: Tensor,
+        labels: Any = None,
+        *,
+        per_class: bool = False,
+        linkage: str = "average",
         distances: Tensor | None = None,
-    ) -> "Hierarchy":  # fmt: skip
+    ) -> "Hierarchy":
         """Agglomerative clustering of 2 to 20,000 embeddings or classes by cosine similarity, in ``8 N^2`` bytes.
 
         Args:
@@ -141,7 +146,8 @@ class Hierarchy:
                 "per_class=True for a tree of classes, or take a random subsample"
             )
         gaps = pdist(unit.numpy(), "euclidean" if linkage == "ward" else "sqeuclidean")
-        gaps /= 1 if linkage == "ward" else 2  # |x - y|^2 / 2 = 1 - cos; in place, because there are many
+        if linkage != "ward":
+            gaps /= 2  # |x - y|^2 / 2 = 1 - cos; in place, because there are many
         return cls.from_linkage(hierarchy.linkage(gaps, linkage), values, distances)
 
     @classmethod
@@ -268,20 +274,20 @@ class Hierarchy:
         if (num_groups is None) == (height is None):
             got = "neither" if height is None else "both"
             raise ValueError(f"cut() expects one of num_groups and height, got {got}")
-        if num_groups is None:
-            groups = fcluster(self.linkage, check_number("height", height, positive=False), "distance")
-        elif check_count("num_groups", num_groups) <= self.num_leaves:
+        if num_groups is not None:
+            if check_count("num_groups", num_groups) > self.num_leaves:
+                raise ValueError(f"num_groups must be at most num_leaves={self.num_leaves}, got {num_groups}")
             groups = fcluster(self.linkage, num_groups, "maxclust")
         else:
-            raise ValueError(f"num_groups must be at most num_leaves={self.num_leaves}, got {num_groups}")
+            groups = fcluster(self.linkage, check_number("height", height, positive=False), "distance")
         numbers = {group: number for number, group in enumerate(dict.fromkeys(groups.tolist()))}
         return np.array([numbers[group] for group in groups.tolist()])
 
     def place(self, distances: Any) -> np.ndarray:
         """The nodes to which ``M`` new samples belong, shape ``(M,)``.
 
-        It is the lowest node above the nearest leaf whose height is at least the distance from that leaf, up to
-        rounding in float32, or else the root.
+        Each is the nearest leaf, or the lowest node above it, whose height is at least the distance from that
+        leaf, up to rounding in float32. If there is none, it is the root.
 
         Args:
             distances: of the new samples from the leaves, shape ``(M, num_leaves)``, in the unit of the heights:
@@ -317,7 +323,8 @@ class Hierarchy:
         edges = zip(above.tolist(), range(self.root), lengths.tolist(), strict=True)
         graph.add_weighted_edges_from(edges, weight="length")
         attributes = {"height": self.heights, "proxy": self.proxies, "radius": self.radii}
-        for name, values in [*attributes.items(), ("label", self.leaf_labels)]:
+        attributes["label"] = self.leaf_labels
+        for name, values in attributes.items():
             if values is not None:
                 networkx.set_node_attributes(graph, dict(enumerate(values.tolist())), name)
         return graph

@@ -21,8 +21,11 @@ from ._checks import check_count, check_number, to_numpy, to_vector
 from .hierarchy import Hierarchy
 
 __all__ = [
-    "ami_per_level", "dendrogram_purity", "hierarchical_average_precision", "hierarchical_recall_at_k",
-]  # fmt: skip
+    "ami_per_level",
+    "dendrogram_purity",
+    "hierarchical_average_precision",
+    "hierarchical_recall_at_k",
+]
 
 _CHUNK_CELLS = 2**22
 """Cells of a matrix that are processed at a time: 32 MB in float64."""
@@ -34,8 +37,8 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
     .. math:: \mathrm{DP} = \frac{1}{|W|} \sum_{(i, j) \in W}
         \frac{|\mathrm{lvs}(\mathrm{lca}(i, j)) \cap C(i)|}{|\mathrm{lvs}(\mathrm{lca}(i, j))|}
 
-    over all pairs ``W`` of leaves of one class; there must be one. It is 1 if and only if each class is a subtree.
-    Exact, in time ``O(N * classes)``. Nested merges at equal height count as one node.
+    over all pairs ``W`` of leaves of one class; there must be at least one such pair. It is 1 if and only if each
+    class is a subtree. Exact, in time ``O(N * classes)``. Nested merges at equal height count as one node.
 
     Example:
         >>> dendrogram_purity([[0, 1, 1.0, 2], [2, 3, 2.0, 3]], labels=[1, 2, 1])
@@ -89,7 +92,8 @@ def ami_per_level(tree: Hierarchy | np.ndarray, taxonomy: Any) -> list[float]:
 def hierarchical_recall_at_k(distances: Any, taxonomy: Any, k: int = 1) -> list[float]:
     """Recall@k at each level: the share of samples that have an equal label among their ``k`` nearest others.
 
-    Samples that are alone in their class at a level do not count for it; if all are, the share is NaN.
+    ``k`` is at most ``N - 1``. Samples that are alone in their class at a level do not count for it; if all are,
+    the share is NaN.
 
     Example:
         >>> distances = torch.tensor([[0.0], [1.0], [2.5], [3.0]])
@@ -137,10 +141,11 @@ def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float =
     matrix = _square(distances)
     levels = _taxonomy(taxonomy, len(matrix))
     alpha = check_number("alpha", alpha, positive=False)
-    found = [average_precisions(levels[rows], levels[order], alpha) for rows, order in _rankings(matrix)]
-    if not sum(map(len, found)):
+    parts = [average_precisions(levels[rows], levels[order], alpha) for rows, order in _rankings(matrix)]
+    found = np.concatenate(parts)
+    if not len(found):
         raise ValueError("taxonomy must give some sample another of its class, got none with anything relevant")
-    return float(np.concatenate(found).mean())
+    return float(found.mean())
 
 
 def average_precisions(query: np.ndarray, ranked: np.ndarray, alpha: float = 1.0) -> np.ndarray:

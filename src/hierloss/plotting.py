@@ -141,7 +141,8 @@ def plot_disk(
     _draw_leaves(ax, np.transpose(_xy(points[:count])), members, leaves)
 
     # A line leads outwards from each leaf to its image and name.
-    around, places = points[:count] / abs(points[:count]), small.spans[:count, 0]
+    places = small.spans[:count, 0]
+    around = np.exp(2j * math.pi * (places + 0.5) / count)
     side = min(0.28, 0.86 * 2 * math.pi * 1.1 / count) if pictures else 0.0
     start, half = 1.04 + 1.35 * side, min(_size(ax)) / 2
     longest = max(len(_plain(leaves.title(rows))) for rows in members) if leaves.named else 0

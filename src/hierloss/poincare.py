@@ -20,9 +20,18 @@ from torch import Tensor
 from ._checks import check_number
 
 __all__ = [
-    "clip_norm", "distance", "exp_map0", "from_hyperboloid", "lift_queries", "lift_references", "log_map0",
-    "pairwise_distance", "project", "riemannian_gradient", "to_hyperboloid",
-]  # fmt: skip
+    "clip_norm",
+    "distance",
+    "exp_map0",
+    "from_hyperboloid",
+    "lift_queries",
+    "lift_references",
+    "log_map0",
+    "pairwise_distance",
+    "project",
+    "riemannian_gradient",
+    "to_hyperboloid",
+]
 
 _CHUNK_CELLS = 2**19  # of a distance matrix, processed at a time: 4 MB in float64
 
@@ -301,7 +310,7 @@ def from_hyperboloid(points: Tensor, c: float | Tensor) -> Tensor:
 
 
 def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = None) -> Tensor:
-    r"""Vectors ``(..., D + 2)`` to store for hyperbolic search by inner product, in FAISS or a vector database.
+    r"""Vectors ``(..., D + 2)`` to store for hyperbolic search by inner product, in FAISS or a vector store.
 
     .. math:: y' = \left(s_y,\; t_y,\; \sqrt{L^2 - |s_y|^2 - t_y^2}\right), \qquad
         \langle x'', y' \rangle = -\cosh(\sqrt c\,d(x, y))

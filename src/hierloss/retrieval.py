@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import poincare
-from ._checks import check_count, check_embeddings
+from ._checks import check_count, check_finite
 from .distances import PoincareDistance
 
 __all__ = ["PoincareKNN"]
@@ -98,11 +98,11 @@ class PoincareKNN:
             ref_includes_query: the first N references are the queries. A query is not its own neighbour, but
                 its duplicates are its neighbours.
         """
-        _check("query", query)
+        check_finite("query", query)
         embeddings = self._embeddings if reference is None else reference
         if embeddings is None:
             raise ValueError("reference must be given, or stored by train(embeddings) before, got None")
-        _check("reference", embeddings)
+        check_finite("reference", embeddings)
         if query.shape[1] != embeddings.shape[1]:
             raise ValueError(
                 "query and reference must have the same number of columns, got shapes "
@@ -135,12 +135,12 @@ class PoincareKNN:
 
     def train(self, embeddings: Tensor) -> None:
         """Store references ``(M, D)``, in place of those stored before."""
-        _check("embeddings", embeddings)
+        check_finite("embeddings", embeddings)
         self._embeddings, self._prepared = embeddings.detach(), None
 
     def add(self, embeddings: Tensor) -> None:
         """Store more references ``(M, D)``, behind those stored before."""
-        _check("embeddings", embeddings)
+        check_finite("embeddings", embeddings)
         stored = [] if self._embeddings is None else [self._embeddings]
         self.train(torch.cat([*stored, embeddings.detach()]))
 
@@ -277,12 +277,6 @@ def _by_rows(function: Callable[..., Any], *tensors: Tensor, width: int | None =
     """``function(*tensors)``, in chunks of rows that fit into the cache, at ``width`` numbers for each row."""
     rows = max(1, _CHUNK_CELLS // (width or 8 * tensors[0].shape[1]))
     parts = [function(*chunks) for chunks in zip(*(tensor.split(rows) for tensor in tensors), strict=True)]
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else map(torch.cat, zip(*parts, strict=True))
-
-
-def _check(name: str, embeddings: Tensor) -> None:
-    """Raise unless the embeddings are a finite floating point matrix."""
-    check_embeddings(name, embeddings)
-    finite = embeddings.isfinite().all(1)
-    if not finite.all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity in row {int(finite.int().argmin())}")
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))

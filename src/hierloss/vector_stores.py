@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from . import poincare
+from ._checks import check_finite
 from .distances import PoincareDistance
-from .retrieval import _check
 
 __all__ = ["query_vectors", "rerank", "stored_vectors"]
 
 
 @torch.no_grad()
 def stored_vectors(embeddings: Tensor, distance: PoincareDistance) -> Tensor:
-    """Vectors to store, ``(N, D + 2)``, from finite embeddings ``(N, D)``, in one call or in several.
+    """Vectors to store, ``(N, D + 2)``, from finite embeddings ``(N, D)``.
 
-    After a learned curvature has changed, store all vectors again.
+    Without a ``clip_radius``, give all embeddings in one call: only then have all vectors the same length, which
+    approximate indexes need. After a learned curvature has changed, store all vectors again.
 
     Example:
         >>> stored_vectors(torch.randn(5, 16), PoincareDistance()).shape
@@ -64,7 +65,7 @@ def rerank(query: Tensor, candidates: Tensor, distance: PoincareDistance) -> tup
     """
     x = _points("query", query, distance)
     n, columns = len(query), query.shape[1] + 2
-    if candidates.ndim != 3 or candidates.shape[::2] != (n, columns):
+    if candidates.ndim != 3 or (len(candidates), candidates.shape[2]) != (n, columns):
         expected = f"({n}, K, {columns}), vectors of stored_vectors"
         raise ValueError(f"candidates must have shape {expected}, got shape {tuple(candidates.shape)}")
     space = poincare.working(candidates[..., :-2].to(query.device))
@@ -79,6 +80,6 @@ def _points(name: str, embeddings: Tensor, distance: PoincareDistance) -> Tensor
     """The embeddings on the ball."""
     if not isinstance(distance, PoincareDistance):
         raise TypeError(f"distance must be a PoincareDistance, got {type(distance).__name__}")
-    _check(name, embeddings)
+    check_finite(name, embeddings)
     points: Tensor = distance.maybe_normalize(embeddings, dim=-1)
     return points
