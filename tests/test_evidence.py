@@ -272,6 +272,11 @@ def test_study_of_texts_resumes_and_reports(clinc, monkeypatch, capsys):
     assert (folder / "runs" / "text.jsonl").read_text().startswith(first)
     rows = study.read("text", folder / "runs")
     assert [row["seed"] for row in rows] == [0] * 6 + [1] * 6 + [2] * 6
+    alone = [row for row in rows if row["method"] == "none" or row["loss"] == "ProxyAnchor"]
+    (folder / "runs" / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
+    capsys.readouterr()
+    main()  # a loss that has no method but "none" so far
+    assert "| clinc150, MultiSimilarity | 3 steps | none | 3 |" in capsys.readouterr().out
     # one seed less for one method: its pairs are left out for all
     kept = [row for row in rows if (row["loss"], row["method"], row["seed"]) != ("ProxyAnchor", "ratio 0.3", 1)]
     (folder / "runs" / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))

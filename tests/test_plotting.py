@@ -589,3 +589,10 @@ def test_page_errors(tmp_path):
     with pytest.raises(ValueError, match="texts must be 10, one for each leaf, got 1"):
         plotting.write_html(make_tree(10), tmp_path / "x.html", texts=["a"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_embeddings_have_names_all_around_the_disk():
+    """All heights are 0, and all leaves in the middle: their directions are those of their places."""
+    ax = plotting.plot_disk(Hierarchy.from_embeddings(torch.ones(6, 3)), names=list("abcdef"))
+    angles = [np.angle(complex(*text.get_position())) for text in ax.texts if text.get_text() in "abcdef"]
+    assert np.diff(np.sort(angles)) == pytest.approx(np.full(5, np.pi / 3))
