@@ -1,6 +1,7 @@
 """Formulas of the site become MathML while it is built, which browsers draw without scripts or network.
 
-Pictures that are too wide for a phone are marked, so that style.css can let them scroll.
+Pictures that are too wide for a phone are marked, so that style.css can let them scroll. Names of classes become
+links to the API.
 """
 
 import html
@@ -13,6 +14,21 @@ from typing import Any
 
 import griffe
 from latex2mathml.converter import convert
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    """MkDocs calls this with each page: the first mention of a class in its prose becomes a link to the API."""
+    api = Path(config["docs_dir"], "api.md").read_text(encoding="utf-8")
+    found = re.findall(r"^::: (hierloss\.(?:\w+\.)*([A-Z]\w+))$", api, flags=re.M)
+    targets = {} if page.file.src_uri == "api.md" else {name: target for target, name in found}
+    skipped = r"^```.*?^```|^#[^\n]*|\[[^\]]*\]\([^)]*\)"  # blocks of code, headings, links
+
+    def link(found: re.Match[str]) -> str:
+        target = targets.pop(found[1], None)
+        return f"[{found[0]}][{target}]" if target else found[0]
+
+    names = "|".join(name for _, name in found)
+    return re.sub(rf"{skipped}|`({names})(?:\([^`\n]*\))?`", link, markdown, flags=re.S | re.M)
 
 
 def on_page_content(content: str, page: Any, config: Any, **_: Any) -> str:

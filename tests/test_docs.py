@@ -100,6 +100,15 @@ def test_every_public_name_is_in_the_api_page(pages):
     assert public <= pages["api/index.html"].ids
 
 
+def test_first_mention_of_a_class_links_to_the_api(site):
+    page = site["faq/index.html"].read_text(encoding="utf-8")
+    assert page.count('href="../api/#hierloss.HIERLoss"') == 1
+    before, after = page.split('href="../api/#hierloss.HIERLoss"')
+    assert "<code>HIERLoss" not in before.split("<article")[1]
+    assert "<code>HIERLoss" in after
+    assert "#hierloss.HIERLoss</a>" not in site["api/index.html"].read_text(encoding="utf-8")
+
+
 def test_links_inside_the_site_lead_somewhere(site, pages):
     checked = 0
     for name, page in pages.items():
