@@ -88,17 +88,6 @@ def test_wheel_holds_the_package_alone(built):
     assert f"{metadata}/licenses/LICENSE" in names
 
 
-def test_metadata_are_of_a_version_that_can_be_uploaded(built):
-    """The twine of the publishing action, 6.1, knows versions up to 2.4."""
-    with tarfile.open(built[0]) as sdist, zipfile.ZipFile(built[1]) as wheel:
-        folder = f"hierloss-{hierloss.__version__}"
-        texts = [
-            sdist.extractfile(f"{folder}/PKG-INFO").read().decode(),
-            wheel.read(f"{folder}.dist-info/METADATA").decode(),
-        ]
-    assert [HeaderParser().parsestr(text)["Metadata-Version"] for text in texts] == ["2.4", "2.4"]
-
-
 def test_dependencies_are_exactly_four(built):
     with zipfile.ZipFile(built[1]) as archive:
         text = archive.read(f"hierloss-{hierloss.__version__}.dist-info/METADATA").decode()
