@@ -18,10 +18,10 @@ test: $(VENV)/dev.stamp ## Check style and types, run the quick tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PARALLEL) --durations 10
 
 test-slow: $(VENV)/dev.stamp ## Run the other tests: processes, browser, wheel, site, examples, soak, fuzzing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PARALLEL) --durations 20
 
 test-benchmarks: ## Test the retrieval benchmarks, in an environment of their own
 	$(MAKE) VENV=.venv-benchmarks .venv-benchmarks/benchmarks.stamp
