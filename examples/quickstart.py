@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="number of repetitions, with other data each")
     parser.add_argument("--steps", type=int, default=200, help="training steps")
-    parser.add_argument("--gradient-ratio", type=float, default=0.3, help="gradient of HIER over the base loss's")
+    parser.add_argument("--gradient-ratio", type=float, default=0.1, help="gradient of HIER over the base loss's")
     parser.add_argument("--output", type=Path, default=Path("quickstart.png"), help="where the picture goes")
     args = parser.parse_args()
 

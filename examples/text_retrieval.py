@@ -82,7 +82,7 @@ def main() -> dict[str, dict[str, float]]:
     )
     parser.add_argument("--epochs", type=int, default=100, help="passes over the training set")
     parser.add_argument("--lr", type=float, help="of the model; if not given, 2e-5 with --model, 1e-2 without")
-    parser.add_argument("--gradient-ratio", type=float, default=0.3, help="gradient of HIER over the base loss's")
+    parser.add_argument("--gradient-ratio", type=float, default=0.1, help="gradient of HIER over the base loss's")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     args = parser.parse_args()
     torch.manual_seed(args.seed)

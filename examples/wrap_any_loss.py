@@ -66,7 +66,7 @@ NOT_TRAINED = {
 def main() -> dict[str, np.ndarray]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=30, help="training steps of each loss")
-    parser.add_argument("--gradient-ratio", type=float, default=0.3, help="gradient of HIER over the base loss's")
+    parser.add_argument("--gradient-ratio", type=float, default=0.1, help="gradient of HIER over the base loss's")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--losses", nargs="+", metavar="NAME", help="only these; all if not given")
     args = parser.parse_args()

@@ -1,5 +1,6 @@
 """The study trains and scores what it says, resumes where it stopped, and compares in pairs."""
 
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -106,6 +107,25 @@ def test_schedules_change_in_the_first_half():
     assert ratios["rising"] == pytest.approx([0, 0.15, 0.3, 0.3])
     assert ratios["falling"] == pytest.approx([0.3, 0.15, 0, 0])
     assert training.scheduled(training.METHODS["lambda 1"], 0) is None
+
+
+def test_ratio_to_the_largest_gradient_so_far(folder, monkeypatch):
+    """The ratio of every step is that of the largest gradient of the base loss alone, and at most 1."""
+    monkeypatch.setitem(training.LOSSES, "SupCon", lambda _: (Shrinking(), None))
+    steps = training.train(split_of(folder).train, "SupCon", training.METHODS["ratio 0.3, frozen, largest"], 0, 4)
+    ratios = [hier.gradient_ratio for _, _, hier in steps][1:]
+    assert ratios == pytest.approx([0.3, 0.6, 0.6, 1.0], rel=1e-5)
+
+
+class Shrinking(torch.nn.Module):
+    """A loss with gradients of norms 4, 2, 2, 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = iter([4.0, 2.0, 2.0, 1.0])
+
+    def forward(self, embeddings, labels, indices_tuple=None):
+        return next(self.norms) * embeddings.sum() / embeddings.numel() ** 0.5
 
 
 def test_distillation_is_zero_for_the_similarities_themselves():
@@ -253,7 +273,7 @@ def test_methods_start_alike_and_train_the_encoder(loss, clinc):
         assert curve["0"]["norm"] == pytest.approx(float(test.norm(dim=1).mean()), abs=1e-3)
     curves_of, weights = zip(*found.values(), strict=True)
     assert all(curve["0"] == curves_of[0]["0"] for curve in curves_of)
-    assert not any(torch.equal(weights[i], weights[j]) for i, j in [(0, 1), (0, 2), (1, 2)])
+    assert not any(torch.equal(*pair) for pair in itertools.combinations(weights, 2))
 
 
 def test_study_of_texts_resumes_and_reports(clinc, monkeypatch, capsys):
@@ -267,11 +287,11 @@ def test_study_of_texts_resumes_and_reports(clinc, monkeypatch, capsys):
 
     main("--data", folder, "--seeds", 1)
     first = (folder / "runs" / "text.jsonl").read_text()
-    assert first.count("\n") == 2 * 3
+    assert first.count("\n") == 2 * 4
     main("--data", folder, "--seeds", 3)
     assert (folder / "runs" / "text.jsonl").read_text().startswith(first)
     rows = study.read("text", folder / "runs")
-    assert [row["seed"] for row in rows] == [0] * 6 + [1] * 6 + [2] * 6
+    assert [row["seed"] for row in rows] == [0] * 8 + [1] * 8 + [2] * 8
     alone = [row for row in rows if row["method"] == "none" or row["loss"] == "ProxyAnchor"]
     (folder / "runs" / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
     capsys.readouterr()
@@ -316,11 +336,11 @@ def test_study_of_images_runs_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("subprocess.run", harness)
     options = ["--data", tmp_path, "--output", tmp_path / "output", "--length", 2, "--seeds", 2]
     options += ["--folder", tmp_path, "--images", tmp_path]
-    for expected in (8, 8):  # the second time there is nothing to do
+    for expected in (12, 12):  # the second time there is nothing to do
         monkeypatch.setattr("sys.argv", ["images", *map(str, options)])
         images.main()
         assert len(runs) == expected
-    assert len({tuple(words) for words in runs}) == 8
+    assert len({tuple(words) for words in runs}) == 12
     assert not [*tmp_path.glob("output/*/checkpoint.pt")]
     line = "| cub, ProxyAnchor | 2 epochs | ratio 0.3 | 2 | +0.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 0.0 | +1.0 ± 0.0 |"
     assert line in capsys.readouterr().out.splitlines()

@@ -485,5 +485,5 @@ def test_a_large_ratio_is_reported_once(ratio, weight, reports):
             assert len(caught) == (reports if count >= 99 else 0)
     if reports:
         assert "larger than that of all other losses in 100 backward passes" in str(caught[0].message)
-        assert "HIERLoss(gradient_ratio=0.3)" in str(caught[0].message)
+        assert "HIERLoss(gradient_ratio=0.1)" in str(caught[0].message)
         assert caught[0].filename == __file__

@@ -1056,14 +1056,14 @@ def test_defaults_are_the_papers_and_on_record():
     loss_func = HIERLoss(embedding_size=D)
     assert loss_func.proxies.shape == (512, D)
     assert (loss_func.num_proxies, loss_func.margin, loss_func.temperature) == (512, 0.1, 0.1)
-    assert loss_func.gradient_ratio == 0.3
+    assert loss_func.gradient_ratio == 0.1
     assert {"num_proxies", "margin", "temperature", "gradient_ratio"} <= set(loss_func._record_these)
     assert loss_func.sub_loss_names() == ["sample_loss", "proxy_loss"]
 
 
 def test_repr_shows_the_settings():
     text = repr(HIERLoss(num_proxies=P))
-    assert "num_proxies=24, embedding_size=None, margin=0.1, temperature=0.1, gradient_ratio=0.3" in text
+    assert "num_proxies=24, embedding_size=None, margin=0.1, temperature=0.1, gradient_ratio=0.1" in text
     assert "PoincareDistance(c=0.1, clip_radius=2.3)" in text
     assert "ReciprocalNeighborMiner" in text
 

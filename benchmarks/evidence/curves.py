@@ -19,8 +19,13 @@ __all__ = ["METHODS", "make_parser", "perform", "table", "write"]
 
 STUDIES = {"clinc150": "text", "cub": "images"}
 UNITS = {"clinc150": "steps", "cub": "epochs"}  # what the points of a curve count
-METHODS = {"none": "#777777", "ratio 0.3": "#CC6677", "ratio 0.3, frozen": "#332288"}
-"""And their colours. Frozen: neighbours among the embeddings of the encoder that the training starts from."""
+METHODS = {
+    "none": (None, "#777777"),
+    "ratio 0.1": (0.1, "#332288"),
+    "ratio 0.3": (0.3, "#CC6677"),
+    "ratio 0.1, frozen": (0.1, "#117733"),
+}
+"""The ratio of gradients, and a colour. Frozen: neighbours among the embeddings by the encoder before training."""
 
 
 def make_parser(study_name: str, doc: str | None, length: int, data: str) -> argparse.ArgumentParser:
@@ -90,7 +95,7 @@ def figure(found: pd.DataFrame) -> Figure:
     for line, ((dataset, loss), own) in zip(axes, cells, strict=True):
         seeds = own.index.unique("seed")
         own = own.groupby(["method", "length"]).mean()
-        for shift, (method, color) in enumerate(METHODS.items()):
+        for shift, (method, (_, color)) in enumerate(METHODS.items()):
             if method not in own.index.unique("method"):
                 continue
             shown = own.loc[method]

@@ -24,7 +24,7 @@ TRAIN = Path(__file__).parents[2] / "examples" / "retrieval_benchmarks" / "train
 LOSSES = {"ProxyAnchor": "proxy_anchor", "MultiSimilarity": "multi_similarity"}
 METHODS = {
     "none": ["--hier-weight", "0"],
-    "ratio 0.3": ["--gradient-ratio", "0.3", "--num-proxies", "64"],
+    **{f"ratio {r}": ["--gradient-ratio", r, "--num-proxies", "64"] for r in ("0.1", "0.3")},
 }
 # One process that loads images draws the crops from random numbers of its own, whatever the losses draw.
 COMMON = ["--dataset", "folder", "--random-split", "--backbone", "efficientnet_lite0", "--frozen-blocks", "11"]

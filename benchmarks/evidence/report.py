@@ -19,7 +19,7 @@ __all__ = ["IMAGES", "choose", "differences", "gains", "interval", "scores", "wr
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images" / "evidence"
 SHOWN = {
-    "lambda 1": "#332288",
+    "ratio 0.1": "#332288",
     "ratio 0.3": "#CC6677",
     "ratio 0.3, frozen": "#117733",
     "distillation 0.3": "#DDAA33",

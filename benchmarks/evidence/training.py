@@ -47,11 +47,10 @@ class Method:
     frozen: bool = False
     """Neighbours among the frozen features instead of the embeddings."""
     schedule: str = "constant"
+    """Or "rising", "falling"; "largest": relative to the base loss's largest gradient so far, and at most 1."""
     num_proxies: int = 64
-    triplets_per_anchor: int = 10
+    triplets_per_anchor: int = 50
     proxy_batch_size: int | None = None
-    init_at: int | None = None
-    """Step at which the proxies are initialized from data."""
 
 
 FROZEN = Method(ratio=0.3, frozen=True)
@@ -60,19 +59,18 @@ METHODS: dict[str, Method] = {
     "lambda 1": Method(),
     **{f"ratio {ratio}": Method(ratio=ratio) for ratio in (0.1, 0.3, 1.0)},
     **{f"ratio {ratio}, frozen": replace(FROZEN, ratio=ratio) for ratio in (0.1, 0.3, 1.0)},
-    "distillation 0.3": Method(hier=False, distill=True, ratio=0.3),
-    "distillation 1.0": Method(hier=False, distill=True, ratio=1.0),
-    "ratio 0.3, frozen, rising": replace(FROZEN, schedule="rising"),
-    "ratio 0.3, frozen, falling": replace(FROZEN, schedule="falling"),
-    "ratio 0.3, frozen, proxies from data": replace(FROZEN, init_at=50),
-    "ratio 0.3, 50 triplets": Method(ratio=0.3, triplets_per_anchor=50),
+    **{f"distillation {ratio}": Method(hier=False, distill=True, ratio=ratio) for ratio in (0.3, 1.0)},
+    **{f"ratio 0.3, frozen, {name}": replace(FROZEN, schedule=name) for name in ("rising", "falling", "largest")},
+    "ratio 0.1, largest": Method(ratio=0.1, schedule="largest"),
+    "ratio 0.1, frozen, largest": replace(FROZEN, ratio=0.1, schedule="largest"),
+    "lambda 1, 10 triplets": Method(triplets_per_anchor=10),
+    **{f"ratio {ratio}, 10 triplets": Method(ratio=ratio, triplets_per_anchor=10) for ratio in (0.1, 0.3, 1.0)},
+    "ratio 0.3, frozen, 10 triplets": replace(FROZEN, triplets_per_anchor=10),
     "ratio 0.3, 200 triplets": Method(ratio=0.3, triplets_per_anchor=200),
-    "ratio 0.3, 512 proxies, 50 triplets": Method(ratio=0.3, num_proxies=512, triplets_per_anchor=50),
-    "ratio 0.3, frozen, 50 triplets": replace(FROZEN, triplets_per_anchor=50),
     "ratio 0.3, frozen, 200 triplets": replace(FROZEN, triplets_per_anchor=200),
-    "ratio 0.3, frozen, 512 proxies, 50 triplets": replace(FROZEN, num_proxies=512, triplets_per_anchor=50),
-    "ratio 0.3, frozen, 2048 proxies": replace(FROZEN, num_proxies=2048),
-    "ratio 0.3, frozen, 2048 proxies, 512 a step": replace(FROZEN, num_proxies=2048, proxy_batch_size=512),
+    "ratio 0.3, 512 proxies": Method(ratio=0.3, num_proxies=512),
+    "ratio 0.3, frozen, 512 proxies": replace(FROZEN, num_proxies=512),
+    "ratio 0.3, 512 proxies, 64 a step": Method(ratio=0.3, num_proxies=512, proxy_batch_size=64),
 }
 
 
@@ -104,17 +102,18 @@ def train(
             {"params": [*base.parameters(), *hier.parameters()], "lr": PROXY_LR},
         ]
     )
-    batches = make_batches(labels, seed)
+    batches, largest = make_batches(labels, seed), 0.0
     for step in range(steps):
         yield step, head, hier
-        if step == method.init_at:
-            with torch.no_grad():
-                hier.init_proxies(head(features[torch.randperm(len(features))[:2000]]))
         rows = next(batches)
         embeddings, targets = head(features[rows]), labels[rows]
         total = base(embeddings, targets, miner(embeddings, targets) if miner else None)
         if method.hier:
             hier.gradient_ratio = scheduled(method, step / steps)
+            if method.ratio is not None and method.schedule == "largest":
+                (gradient,) = torch.autograd.grad(total, embeddings, retain_graph=True)
+                largest = max(largest, norm := float(gradient.norm()))
+                hier.gradient_ratio = min(1.0, method.ratio * largest / norm) if norm else method.ratio
             neighbors = features[rows] if method.frozen else None
             total = total + hier(embeddings, targets, neighbor_features=neighbors)
         if method.distill:
@@ -142,7 +141,7 @@ def make_hier(method: Method) -> HIERLoss:
 
 def scheduled(method: Method, done: float) -> float | None:
     """The ratio after this share of the training; schedules change in the first half."""
-    if method.ratio is None or method.schedule == "constant":
+    if method.ratio is None or method.schedule not in ("rising", "falling"):
         return method.ratio
     rising = min(1.0, 2 * done)
     return method.ratio * (rising if method.schedule == "rising" else 1 - rising)

@@ -115,7 +115,7 @@ class RatioReports:
             warnings.warn(
                 "the gradient of HIERLoss at the embeddings was larger than that of all other losses in "
                 f"{_LARGE_AFTER} backward passes in a row ({ratio:.2g} times, in the last one), which can stop "
-                "the base loss from learning; use HIERLoss(gradient_ratio=0.3), or a smaller weight",
+                "the base loss from learning; use HIERLoss(gradient_ratio=0.1), or a smaller weight",
                 stacklevel=7,  # the line that calls backward()
             )
 

@@ -109,7 +109,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         miner: torch.nn.Module | None = None,
         proxy_miner: ReciprocalNeighborMiner | None = None,
         proxy_batch_size: int | None = None,
-        gradient_ratio: float | None = 0.3,
+        gradient_ratio: float | None = 0.1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
