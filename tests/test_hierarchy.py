@@ -251,7 +251,8 @@ GOOD = torch.rand(6, 3)
         (GOOD, {"per_class": True}, ValueError, "labels must be given when per_class"),
         (GOOD, {"labels": torch.zeros(6), "per_class": True}, ValueError, "leaves, got 1 classes"),
         (torch.ones(1).expand(20_001, 3), {}, ValueError, "per_class=True .* subsample"),
-        (GOOD, {"distances": GOOD[:5]}, ValueError, "a row for each of 6 embeddings, got 5"),
+        (GOOD, {"distances": GOOD[:5]}, ValueError, r"a row for each of 6 embeddings, got shape \(5, "),
+        (GOOD, {"distances": GOOD[:, 0]}, ValueError, r"a row for each of 6 embeddings, got shape \(6,\)"),
         (GOOD, {"distances": GOOD / 0}, ValueError, r"finite, of shape \(6, num_proxies\)"),
         (GOOD, {"distances": GOOD[:, :0]}, ValueError, r"of shape \(6, num_proxies\), got shape \(6, 0\)"),
     ],
@@ -272,6 +273,7 @@ def test_bad_input(embeddings, kwargs, error, message):
         ([[[0, 1, 1.0, 2]], [1, 2, 3]], r"leaf_labels must have shape \(2,\), got shape \(3,\)"),
         ([[[0, 1, 1.0, 2]], None, [1, 2]], r"proxies must have shape \(3,\), got shape \(2,\)"),
         ([[[0, 1, 1.0, 2]], None, [0.5, 0, 0]], "proxies must be whole numbers, got 0.5"),
+        ([[[0, 1, 1.0, 2]], None, torch.tensor([0, 0])], r"proxies must have shape \(3,\), got shape \(2,\)"),
     ],
 )
 def test_bad_tree(fields, message):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import geoopt
 import numpy as np
 import pytest
 import torch
@@ -99,6 +100,12 @@ def test_embeddings_legend_and_axes():
     assert len(faces) == 3
     assert plotting.plot_embeddings(embeddings).get_legend() is None
     assert len({*layout.STYLES}) == 80
+
+
+def test_embeddings_of_a_learnable_curvature(recwarn):
+    distance = PoincareDistance(geoopt.PoincareBall(0.1, learnable=True))
+    plotting.plot_embeddings(torch.randn(5, 3), distance=distance)
+    assert not recwarn.list
 
 
 def test_embeddings_errors():

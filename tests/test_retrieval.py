@@ -268,6 +268,15 @@ def test_on_a_gpu(index):
     assert_nearest(tuple(t.cpu() for t in found), query.cpu(), reference.cpu())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_stored_references_follow_the_device_of_the_queries():
+    query, reference, knn_func = torch.randn(5, 4), torch.randn(100, 4), PoincareKNN()
+    knn_func.train(reference)
+    expected = knn_func(query, 3)
+    found = knn_func(query.cuda(), 3)
+    torch.testing.assert_close(tuple(t.cpu() for t in found), expected)
+
+
 # --- approximate search -------------------------------------------------------------------------------------
 
 

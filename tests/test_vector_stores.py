@@ -87,6 +87,13 @@ def test_vectors_of_several_calls_have_one_length():
     torch.testing.assert_close(lengths, lengths[:1].expand(27))
 
 
+def test_vectors_of_points_of_the_ball_have_one_length():
+    """The clip radius does not apply to them."""
+    points = torch.tensor([[0.0, 0.1], [0.5, 0.0], [0.0, 0.999]])
+    lengths = stored_vectors(points, PoincareDistance(c=1.0, normalize_embeddings=False)).norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand(3))
+
+
 def test_points_of_the_ball_and_half_precision():
     distance = PoincareDistance(c=1.0, normalize_embeddings=False)
     points = torch.rand(40, 4).half() * 0.4

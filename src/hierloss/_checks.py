@@ -8,8 +8,7 @@ import geoopt
 import numpy as np
 from torch import Tensor
 
-_MIN_TEMPERATURE = 1e-30
-"""Distances divided by a smaller number can be infinite in float32."""
+_MIN_TEMPERATURE = 1e-30  # distances divided by a smaller number can be infinite in float32
 
 
 def check_number(name: str, value: Any, *, positive: bool = True) -> float:

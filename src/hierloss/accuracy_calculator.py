@@ -118,7 +118,7 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
 def _read_edges(file: Path) -> dict[str, list[str]]:
     """The nodes above each leaf, from fine to coarse, without the root."""
     parents: dict[str, str] = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
         if len(words := line.split()) not in (0, 2):
             raise ValueError(f"{file}, line {number}: expected a parent and a child, got {line!r}")
         if words and (other := parents.setdefault(words[1], words[0])) != words[0]:

@@ -21,12 +21,9 @@ from ._checks import check_count, check_number, check_temperature
 
 __all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_triplets"]
 
-_CHUNK_CELLS = 2**18
-"""Cells of a (triplets, proxies) array in one chunk on a CPU, about the size of its cache."""
-
+_CHUNK_CELLS = 2**18  # of a (triplets, proxies) array at a time on a CPU: about the size of its cache
+# On an accelerator, a kernel launch costs more than a cache miss; a compiler unrolls the loop over chunks.
 _CHUNK_CELLS_FUSED = 2**24
-"""The same on an accelerator, where a kernel launch costs more than a cache miss, and for a compiler, which
-fuses the operations of a chunk and unrolls the loop over chunks."""
 
 
 def reciprocal_triplets(
@@ -93,14 +90,8 @@ def reciprocal_triplets(
         positives, num_positives = _choice(related, uniform[0])
         negatives, num_negatives = _choice(~(related | itself), uniform[1])
         valid = (num_positives >= 2) & (num_negatives >= 1)
-        anchors = torch.arange(count, device=distances.device)
-    shape = (count, triplets_per_anchor)
-    return (
-        anchors.unsqueeze(1).expand(shape).flatten(),
-        positives.flatten(),
-        negatives.flatten(),
-        valid.unsqueeze(1).expand(shape).flatten(),
-    )
+        anchors = torch.arange(count * triplets_per_anchor, device=distances.device) // triplets_per_anchor
+    return anchors, positives.flatten(), negatives.flatten(), valid[anchors]
 
 
 def _choice(mask: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,14 +249,8 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         grad.view(-1).index_add_(0, cells, torch.stack([slopes, -slopes], 1).flatten())
         logits = distances / -ctx.temperature
         for here in _chunks(triplets.shape[1], distances):
-            _add_soft_gradient(
-                grad,
-                logits,
-                triplets[:, here],
-                ancestors[:, here],
-                slopes[:, here],
-                None if noise is None else noise[:, kept[here]],
-            )
+            drawn_noise = None if noise is None else noise[:, kept[here]]
+            _add_soft_gradient(grad, logits, triplets[:, here], ancestors[:, here], slopes[:, here], drawn_noise)
         return grad
 
 
@@ -333,12 +318,7 @@ def _inverse_cdf(probabilities: Tensor) -> Tensor:
 
 
 def _add_soft_gradient(
-    grad: Tensor,
-    logits: Tensor,
-    triplets: Tensor,
-    ancestors: Tensor,
-    slopes: Tensor,
-    noise: Tensor | None,
+    grad: Tensor, logits: Tensor, triplets: Tensor, ancestors: Tensor, slopes: Tensor, noise: Tensor | None
 ) -> None:
     """Add the gradient through the soft choice of the ancestors to ``grad``, the gradient of the distances.
 

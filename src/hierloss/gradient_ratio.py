@@ -17,8 +17,7 @@ from . import poincare
 
 __all__ = ["hold_gradient_ratio"]
 
-_LARGE_AFTER = 100
-"""Consecutive backward passes with a gradient larger than that of all others, before a warning is given."""
+_LARGE_AFTER = 100  # consecutive backward passes with a gradient larger than all others, before a warning
 
 
 def hold_gradient_ratio(
@@ -74,7 +73,8 @@ def hold_gradient_ratio(
             if on_alone is not None and ratio is not None:
                 on_alone()
             return own.to(others.dtype)
-        size, own_size = _norm(others), _norm(own)
+        # In float64, where squares do not overflow when a gradient scaler is used.
+        size, own_size = (torch.linalg.vector_norm(poincare.working(gradient)) for gradient in (others, own))
         if on_ratio is not None:
             on_ratio((own_size / size).detach())
         if ratio is not None:
@@ -144,9 +144,3 @@ class _Identity(torch.autograd.Function):
         ctx.aside.gradient = gradient
         ctx.aside.zeros = torch.zeros_like(gradient, dtype=ctx.dtype)
         return ctx.aside.zeros, None, None
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    """Frobenius norm in float64, whose squares do not overflow when a gradient scaler is used."""
-    norm: Tensor = torch.linalg.vector_norm(poincare.working(gradient))
-    return norm

@@ -17,18 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_embeddings, check_number, to_numpy, to_vector
+from ._checks import check_count, check_finite, check_number, to_numpy, to_vector
 
 if TYPE_CHECKING:
     import networkx
 
 __all__ = ["Hierarchy"]
 
-_MAX_LEAVES = 20_000
-"""A tree of more embeddings raises an error: the distances of all pairs, and a copy, would take over 3 GB."""
-
-_ROUNDING = 1e-6
-"""Largest error of a cosine distance in float32."""
+_MAX_LEAVES = 20_000  # the distances of all pairs of more, and a copy, would take over 3 GB
+_ROUNDING = 1e-6  # largest error of a cosine distance in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +71,10 @@ class Hierarchy:
         sizes = {"leaf_labels": self.num_leaves, "proxies": self.num_nodes, "radii": self.num_nodes}
         for name, size in sizes.items():
             if (given := getattr(self, name)) is not None:
-                array = np.array(to_numpy(given), {"proxies": np.int64, "radii": np.float64}.get(name))
+                given = to_numpy(given)
+                array = np.array(given, {"proxies": np.int64, "radii": np.float64}.get(name))
                 if name == "proxies" and (array != given).any():
-                    raise ValueError(f"proxies must be whole numbers, got {np.asarray(given)[array != given][0]}")
+                    raise ValueError(f"proxies must be whole numbers, got {given[array != given][0]}")
                 if array.shape != (size,):
                     raise ValueError(f"{name} must have shape ({size},), got shape {array.shape}")
                 object.__setattr__(self, name, _read_only(array))
@@ -85,8 +83,6 @@ class Hierarchy:
         if not isinstance(other, Hierarchy):
             return NotImplemented
         return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         ancestors = "" if self.proxies is None else f", num_ancestors={len(set(self.proxies[self.num_leaves :]))}"
@@ -124,15 +120,14 @@ class Hierarchy:
         from scipy.cluster import hierarchy
         from scipy.spatial.distance import pdist
 
-        check_embeddings("embeddings", embeddings)
+        check_finite("embeddings", embeddings)
         if linkage not in ("average", "complete", "ward"):
             raise ValueError(f'linkage must be "average", "complete" or "ward", got {linkage!r}')
         values: Any = None if labels is None else to_vector(labels, len(embeddings), "sample")
         unit = torch.nn.functional.normalize(embeddings.detach().cpu().double())
-        if not torch.isfinite(unit).all():
-            raise ValueError("embeddings must be finite, got NaN or infinity")
-        if distances is not None and len(distances) != len(unit):
-            raise ValueError(f"distances must have a row for each of {len(unit)} embeddings, got {len(distances)}")
+        if distances is not None and (distances.ndim != 2 or len(distances) != len(unit)):
+            shape = tuple(distances.shape)
+            raise ValueError(f"distances must have a row for each of {len(unit)} embeddings, got shape {shape}")
         if per_class:
             if values is None:
                 raise ValueError("labels must be given when per_class is True: they say which samples make a leaf")
@@ -322,8 +317,9 @@ class Hierarchy:
         lengths = self.heights[above] - self.heights[:-1]
         edges = zip(above.tolist(), range(self.root), lengths.tolist(), strict=True)
         graph.add_weighted_edges_from(edges, weight="length")
-        attributes = {"height": self.heights, "proxy": self.proxies, "radius": self.radii}
-        attributes["label"] = self.leaf_labels
+        attributes = {
+            "height": self.heights, "proxy": self.proxies, "radius": self.radii, "label": self.leaf_labels
+        }  # fmt: skip
         for name, values in attributes.items():
             if values is not None:
                 networkx.set_node_attributes(graph, dict(enumerate(values.tolist())), name)

@@ -27,8 +27,7 @@ __all__ = [
     "hierarchical_recall_at_k",
 ]
 
-_CHUNK_CELLS = 2**22
-"""Cells of a matrix that are processed at a time: 32 MB in float64."""
+_CHUNK_CELLS = 2**22  # of a matrix that are processed at a time: 32 MB in float64
 
 
 def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:

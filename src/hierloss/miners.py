@@ -76,12 +76,9 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
 
     def check_distance(self, distance: PoincareDistance) -> None:
         """Raise if this miner uses another ball than the distance of a loss."""
-        own = self.distance
-        for name in (
-            ("curvature", "clip_radius", "normalize_embeddings") if isinstance(own, PoincareDistance) else ()
-        ):
-            if getattr(own, name) != getattr(distance, name):
-                raise ValueError(
-                    f"the distances of miner and loss must agree, got {own} and {distance}; "
-                    "pass the same distance= to both"
-                )
+        own, names = self.distance, ("curvature", "clip_radius", "normalize_embeddings")
+        if isinstance(own, PoincareDistance) and any(getattr(own, n) != getattr(distance, n) for n in names):
+            raise ValueError(
+                f"the distances of miner and loss must agree, got {own} and {distance}; "
+                "pass the same distance= to both"
+            )

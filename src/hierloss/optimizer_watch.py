@@ -7,8 +7,7 @@ from torch import Tensor
 
 __all__ = ["OptimizerWatch"]
 
-_FORGOTTEN_AFTER = 100
-"""Updates of the model without an update of the proxies, before the warning is given."""
+_FORGOTTEN_AFTER = 100  # updates of the model without an update of the proxies, before the warning is given
 
 
 class OptimizerWatch:

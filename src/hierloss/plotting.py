@@ -12,7 +12,6 @@ import io
 import json
 import math
 import re
-import string
 import textwrap
 from html import escape
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from . import poincare
-from ._checks import check_count, check_embeddings
+from ._checks import check_count, check_finite
 from ._layout import GREY, Leaves, Names, as_images, grouped, on_disk, prune, style
 from .distances import PoincareDistance
 from .hierarchy import Hierarchy
@@ -57,21 +56,19 @@ def plot_embeddings(
     Example:
         >>> ax = plot_embeddings(torch.randn(20, 8), torch.arange(20) % 4, torch.randn(5, 8))
     """
-    check_embeddings("embeddings", embeddings)
+    check_finite("embeddings", embeddings)
     groups, index = grouped(labels, len(embeddings), class_names, "embedding")
     distance = PoincareDistance() if distance is None else distance
     on_ball = [distance.maybe_normalize(embeddings)]
     if proxies is not None:
-        check_embeddings("proxies", proxies)
+        check_finite("proxies", proxies)
         if (width := embeddings.shape[1]) != proxies.shape[1]:
             raise ValueError(f"proxies must have {width} columns, as the embeddings, got {proxies.shape[1]}")
         on_ball.append(distance.normalize(proxies))
     tangents = [poincare.log_map0(x.detach().double(), distance.c).detach().cpu().numpy() for x in on_ball]
     points, every = tangents[0], np.concatenate(tangents)
-    if not np.isfinite(every).all():
-        raise ValueError("embeddings and proxies must be finite, got NaN or infinity")
     means = points if labels is None else np.stack([points[index == g].mean(0) for g in range(len(groups))])
-    center, root = means.mean(0), math.sqrt(float(distance.c))
+    center, root = means.mean(0), math.sqrt(poincare.as_number(distance.c))
     axes = np.linalg.svd(np.pad(means - center, ((0, 1), (0, 1))), full_matrices=False)[2][:2, :-1]
     axes *= np.sign(np.take_along_axis(axes, abs(axes).argmax(1)[:, None], 1))  # the SVD's own sign is arbitrary
     flat, norms = (every - center) @ axes.T, np.linalg.norm(every, axis=1, keepdims=True)
@@ -232,8 +229,7 @@ def write_html(
     shown = json.dumps(short[short.index("<svg") :]), plotly.get_plotlyjs(), json.dumps(icicle)
     script = "disk.innerHTML = {};\n{}\nPlotly.newPlot('tree', {})".format(*shown)
     packed = gzip.compress(script.encode(), mtime=0)
-    text = base64.b85encode(packed, pad=True).decode()
-    page = _PAGE.format(title=escape(title), packed=text, size=len(packed), digits=_DIGITS)
+    page = _PAGE.format(title=escape(title), packed=base64.b64encode(packed).decode())
     Path(path).write_text(page, encoding="utf-8")
 
 
@@ -326,9 +322,6 @@ def _imported(name: str) -> Any:
         raise ImportError(f'pictures need {name.split(".")[0]}: pip install "hierloss[plot]"') from error
 
 
-# The digits of base64.b85encode.
-_DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "!#$%&()*+-;<=>?@^_`{|}~"
-
 # Plotly has 5 MB, compressed and as text 1.8 MB. The browser decompresses it, and loads nothing from the network.
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -347,12 +340,7 @@ _PAGE = """<!DOCTYPE html>
 <h2>{title}</h2>
 <main><div id="disk"></div><div id="tree"></div></main>
 <script>
-const text = "{packed}", words = new DataView(new ArrayBuffer(text.length / 5 * 4));
-for (let word = 0, i = 0; i < text.length; i++) {{
-  word = word * 85 + "{digits}".indexOf(text[i]);
-  if (i % 5 == 4) {{ words.setUint32((i - 4) / 5 * 4, word); word = 0; }}
-}}
-const packed = new Blob([words.buffer.slice(0, {size})]);
+const packed = new Blob([Uint8Array.from(atob("{packed}"), (letter) => letter.charCodeAt(0))]);
 new Response(packed.stream().pipeThrough(new DecompressionStream("gzip"))).text().then((code) =>
   document.head.append(Object.assign(document.createElement("script"), {{ textContent: code }})));
 </script>

@@ -24,11 +24,8 @@ __all__ = ["PoincareKNN"]
 Found = tuple[Tensor, Tensor, Tensor]
 """Distances ``(N, k)``, indices ``(N, k)``, and for which queries these are proved correct ``(N,)``."""
 
-_EXTRA = 16
-"""Candidates beyond k. More cost time in every search; with fewer, more queries are searched again."""
-
-_CHUNK_CELLS = 2**22
-"""Numbers that are processed at a time: 32 MB in float64."""
+_EXTRA = 16  # candidates beyond k: more cost time in every search; with fewer, more queries are searched again
+_CHUNK_CELLS = 2**22  # numbers that are processed at a time: 32 MB in float64
 
 
 class PoincareKNN:
@@ -116,7 +113,8 @@ class PoincareKNN:
             raise ValueError(f"k must be at most {most}, the number of references{besides}, got {k}")
         c = float(self.distance.c)
         prepared = self._prepared if reference is None else None
-        if prepared is None or prepared.c != c:  # a learnable curvature changes
+        # A learnable curvature changes, and queries can come from another device.
+        if prepared is None or prepared.c != c or prepared.points.device != query.device:
             points = _by_rows(self._on_unit_ball, embeddings.to(query.device))
             prepared = _References(points, c, self._index)
         if reference is None:

@@ -20,15 +20,17 @@ __all__ = ["query_vectors", "rerank", "stored_vectors"]
 def stored_vectors(embeddings: Tensor, distance: PoincareDistance) -> Tensor:
     """Vectors to store, ``(N, D + 2)``, from finite embeddings ``(N, D)``.
 
-    Without a ``clip_radius``, give all embeddings in one call: only then have all vectors the same length, which
-    approximate indexes need. After a learned curvature has changed, store all vectors again.
+    Without a ``clip_radius``, or with points on the ball, give all embeddings in one call: only then have all
+    vectors the same length, which approximate indexes need. After a learned curvature has changed, store all
+    vectors again.
 
     Example:
         >>> stored_vectors(torch.randn(5, 16), PoincareDistance()).shape
         torch.Size([5, 18])
     """
     points = _points("embeddings", embeddings, distance)
-    farthest = None if distance.clip_radius is None else 2 * distance.clip_radius
+    radius = distance.clip_radius if distance.normalize_embeddings else None
+    farthest = None if radius is None else 2 * radius
     return poincare.lift_references(points, distance.c, farthest).float()
 
 
