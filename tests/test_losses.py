@@ -1099,6 +1099,13 @@ def test_proxy_batch_of_all_is_the_whole_loss_on_average():
     assert abs(values[0].mean() - values[1].mean()) < 4 * error < 0.05
 
 
+@pytest.mark.parametrize(("options", "rows"), [({}, 512), ({"proxy_batch_size": None}, 520)])
+def test_triplets_are_among_512_proxies_by_default(options, rows, monkeypatch):
+    calls = spy_on_triplets(monkeypatch)
+    value(HIERLoss(520, D, gradient_ratio=None, **options), *batch(), seed=0)
+    assert calls[-1][0][B:].shape == (rows, 520)
+
+
 def test_bad_proxy_batch_size():
     with pytest.raises(ValueError, match="proxy_batch_size must be at least 2, got 1"):
         HIERLoss(proxy_batch_size=1)

@@ -55,8 +55,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     ignored: HIERLoss mines its own triplets. Random numbers come from torch's default generators.
 
     Args:
-        num_proxies: number of hierarchical proxies ``P``, 512 in the paper. Time grows faster than linearly with
-            it: use fewer on a CPU or for few classes, for instance 64, or set ``proxy_batch_size``.
+        num_proxies: number of hierarchical proxies ``P``, 512 in the paper. Use fewer on a CPU or for few classes,
+            for instance 64.
         embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. An optimizer built
             before that batch still trains the proxies. Give it where the size of parameters is needed earlier:
             ``numel()``, ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``.
@@ -66,8 +66,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             called with embeddings (or the features of `neighbors_from`) and labels.
         proxy_miner: a `ReciprocalNeighborMiner` with the settings for the triplets of proxies. Default: ``miner``,
             or the default miner if ``miner`` is of another class.
-        proxy_batch_size: draw the triplets of proxies among this many proxies, drawn anew in every step, ``None``
-            for all. It bounds time and memory for a large ``num_proxies``. Ancestors are chosen from all proxies.
+        proxy_batch_size: draw the triplets of proxies among this many proxies, drawn anew in every step, so that
+            time and memory grow linearly with ``num_proxies``; ``None`` for all. Ancestors are any proxies.
         gradient_ratio: norm of HIER's gradient at the embeddings, relative to the norm of all other gradients that
             reach the same embeddings in the same backward pass; see `hierloss.gradient_ratio`. Weights of
             `MultipleLosses` then change the gradient of the proxies only. ``None``: no scaling, and the weight is
@@ -108,7 +108,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         temperature: float = 0.1,
         miner: torch.nn.Module | None = None,
         proxy_miner: ReciprocalNeighborMiner | None = None,
-        proxy_batch_size: int | None = None,
+        proxy_batch_size: int | None = 512,
         gradient_ratio: float | None = 0.1,
         **kwargs: Any,
     ) -> None:
