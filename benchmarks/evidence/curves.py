@@ -19,13 +19,9 @@ __all__ = ["METHODS", "make_parser", "perform", "table", "write"]
 
 STUDIES = {"clinc150": "text", "cub": "images"}
 UNITS = {"clinc150": "steps", "cub": "epochs"}  # what the points of a curve count
-METHODS = {
-    "none": (None, "#777777"),
-    "ratio 0.1": (0.1, "#332288"),
-    "ratio 0.3": (0.3, "#CC6677"),
-    "ratio 0.1, frozen": (0.1, "#117733"),
-}
-"""The ratio of gradients, and a colour. Frozen: neighbours among the embeddings by the encoder before training."""
+METHODS = {"none": None, "ratio 0.1": 0.1, "ratio 0.3": 0.3, "ratio 0.1, frozen": 0.1}
+"""And their ratios of gradients. Frozen: neighbours among the embeddings by the encoder before training."""
+COLORS = ["#777777", "#CC6677", "#332288", "#117733", "#DDAA33", "#882255"]
 
 
 def make_parser(study_name: str, doc: str | None, length: int, data: str) -> argparse.ArgumentParser:
@@ -89,29 +85,28 @@ def table(found: pd.DataFrame) -> str:
 def figure(found: pd.DataFrame) -> Figure:
     """Mean scores over training; bars are the interval of the paired difference to the base loss alone."""
     cells = [*found.groupby(CELL, sort=False)]
+    colors = dict(zip(found.index.unique("method"), itertools.cycle(COLORS), strict=False))
     _, halves = differences(gains(found))
     picture = Figure(figsize=(11, 2.4 * len(cells)), layout="constrained")
     axes = picture.subplots(len(cells), len(SCORES), squeeze=False)
     for line, ((dataset, loss), own) in zip(axes, cells, strict=True):
         seeds = own.index.unique("seed")
         own = own.groupby(["method", "length"]).mean()
-        for shift, (method, (_, color)) in enumerate(METHODS.items()):
-            if method not in own.index.unique("method"):
-                continue
+        for shift, method in enumerate(own.index.unique("method")):
             shown = own.loc[method]
             where = shown.index + 0.008 * shift * shown.index.max()
             for score, ax in zip(SCORES, line, strict=True):
                 bars = None
                 if method != "none" and len(seeds) > 2:  # intervals of two seeds are wider than the picture
                     bars = halves.xs((dataset, loss, method), level=[*CELL, "method"])[score].reindex(shown.index)
-                style = {"color": color, "lw": 1.5, "capsize": 2, "marker": "o", "ms": 3, "label": method}
+                style = {"color": colors[method], "lw": 1.5, "capsize": 2, "marker": "o", "ms": 3, "label": method}
                 ax.errorbar(where, shown[score], bars, **style)
         for score, ax in zip(SCORES, line, strict=True):
             ax.spines[["top", "right"]].set_visible(False)
             ax.set_xlabel(UNITS[dataset], fontsize=8)
             ax.set_title(f"{score}, %", fontsize=9)
         line[0].set_ylabel(f"{dataset}, {loss}\n{len(seeds)} seeds", fontsize=8)
-    axes[0, 0].legend(fontsize=7, frameon=False)
+        line[0].legend(fontsize=7, frameon=False)
     return picture
 
 

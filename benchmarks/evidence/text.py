@@ -92,7 +92,7 @@ def run(data: Texts, encoder: nn.Module, loss: str, method: str, seed: int, step
     labels = data.taxonomy[train, 0].unique(return_inverse=True)[1]
     size = data.frozen.shape[1]
     base, miner = LOSSES[loss](int(labels.max()) + 1, size)
-    hier = HIERLoss(64, size, gradient_ratio=curves.METHODS[method][0])
+    hier = HIERLoss(64, size, gradient_ratio=curves.METHODS[method])
     proxies = [*base.parameters(), *hier.parameters()]
     optimizer = torch.optim.AdamW(
         [{"params": encoder.parameters(), "lr": LR}, {"params": proxies, "lr": PROXY_LR}], fused=True
