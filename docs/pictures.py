@@ -80,7 +80,7 @@ def training() -> dict[str, Figure]:
     distance = PoincareDistance()
     base = losses.ProxyAnchorLoss(9, 8)
     miner = ReciprocalNeighborMiner(triplets_per_anchor=10, distance=distance)
-    hier = HIERLoss(num_proxies=48, embedding_size=8, miner=miner, distance=distance)
+    hier = HIERLoss(num_proxies=48, embedding_size=8, miner=miner, distance=distance, gradient_ratio=0.3)
     loss_func = losses.MultipleLosses([base, hier], weights=[1, 1])
     optimizer = torch.optim.Adam(
         [{"params": model.parameters(), "lr": 3e-4}, {"params": loss_func.parameters(), "lr": 3e-3}]
