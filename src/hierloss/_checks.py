@@ -8,23 +8,18 @@ import geoopt
 import numpy as np
 from torch import Tensor
 
-_MIN_TEMPERATURE = 1e-30  # distances divided by a smaller number can be infinite in float32
+MIN_TEMPERATURE = 1e-30  # distances divided by a smaller number can be infinite in float32
 
 
-def check_number(name: str, value: Any, *, positive: bool = True) -> float:
-    """Return ``value`` if it is a finite number, greater than 0 or, unless ``positive``, at least 0."""
+def check_number(name: str, value: Any, *, positive: bool = True, minimum: float = 0.0) -> float:
+    """Return ``value`` if it is a finite number, at least ``minimum`` and, if ``positive``, not 0."""
     kind = "positive" if positive else "non-negative"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a {kind} number, got {value!r} of type {type(value).__name__}")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be a finite {kind} number, got {value}")
-    return float(value)
-
-
-def check_temperature(value: Any) -> float:
-    """Return ``value`` if it is a temperature by which distances can be divided in float32."""
-    if check_number("temperature", value) < _MIN_TEMPERATURE:
-        raise ValueError(f"temperature must be at least {_MIN_TEMPERATURE}, got {value}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
     return float(value)
 
 

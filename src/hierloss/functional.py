@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_number, check_temperature
+from ._checks import MIN_TEMPERATURE, check_count, check_number
 
 __all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_triplets"]
 
@@ -188,7 +188,7 @@ def hierarchical_triplet_loss(
             f"got {distances.dtype} of shape {tuple(distances.shape)}"
         )
     check_number("margin", margin, positive=False)
-    check_temperature(temperature)
+    check_number("temperature", temperature, minimum=MIN_TEMPERATURE)
     indices = torch.stack(tuple(triplets))
     if indices.ndim != 2 or len(indices) != 3:
         raise ValueError(f"triplets must be three index tensors of shape (T,), got shape {tuple(indices.shape)}")

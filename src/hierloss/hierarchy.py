@@ -317,9 +317,8 @@ class Hierarchy:
         lengths = self.heights[above] - self.heights[:-1]
         edges = zip(above.tolist(), range(self.root), lengths.tolist(), strict=True)
         graph.add_weighted_edges_from(edges, weight="length")
-        attributes = {
-            "height": self.heights, "proxy": self.proxies, "radius": self.radii, "label": self.leaf_labels
-        }  # fmt: skip
+        attributes = {"height": self.heights, "proxy": self.proxies, "radius": self.radii}
+        attributes["label"] = self.leaf_labels
         for name, values in attributes.items():
             if values is not None:
                 networkx.set_node_attributes(graph, dict(enumerate(values.tolist())), name)

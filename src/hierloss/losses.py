@@ -14,7 +14,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from . import functional, poincare
-from ._checks import check_count, check_embeddings, check_labels, check_number, check_temperature
+from ._checks import MIN_TEMPERATURE, check_count, check_embeddings, check_labels, check_number
 from .distances import PoincareDistance
 from .gradient_ratio import RatioReports, hold_gradient_ratio
 from .hierarchy import Hierarchy
@@ -120,7 +120,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             raise ValueError(f"the power of the distance must be 1 for HIERLoss, got {self.distance.power}")
         self.num_proxies = check_count("num_proxies", num_proxies)
         self.margin = check_number("margin", margin, positive=False)
-        self.temperature = check_temperature(temperature)
+        self.temperature = check_number("temperature", temperature, minimum=MIN_TEMPERATURE)
         if not (miner is None or isinstance(miner, BaseMiner)):
             raise TypeError(f"miner must be a miner of pytorch_metric_learning, got {type(miner).__name__}")
         self.miner: BaseMiner = ReciprocalNeighborMiner(distance=self.distance) if miner is None else miner
