@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from benchmarks.speed import Step, side_by_side, summary
 from hierloss import HIERLoss
 
-BATCH_SIZE, IMAGE_SIZE, TOKENS, FEATURES = 90, 128, 12, 1280
+BATCH_AND_IMAGE_SIZE = {"cpu": (90, 128), "cuda": (180, 224)}
+TOKENS, FEATURES = 12, 1280
 WITHOUT, HEAD = "no HIER", "linear head"
 NUM_PROXIES = (64, 512)  # what docs/choosing.md recommends for a CPU, and the paper's
 
@@ -29,17 +30,17 @@ class Pooled(nn.Module):
         return self.model(batch).last_hidden_state.flatten(2).mean(2 if batch.ndim == 4 else 1)
 
 
-def networks() -> dict[str, tuple[nn.Module, Tensor]]:
+def networks(batch_size: int, image_size: int) -> dict[str, tuple[nn.Module, Tensor]]:
     """Each network with a batch of its inputs."""
     from efficientnet_lite_pytorch import EfficientNet
     from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel
 
     minilm = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
-    lite0 = EfficientNet.from_name("efficientnet-lite0", image_size=IMAGE_SIZE, num_classes=128)
-    images = torch.randn(BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE)
+    lite0 = EfficientNet.from_name("efficientnet-lite0", image_size=image_size, num_classes=128)
+    images = torch.randn(batch_size, 3, image_size, image_size)
     return {
-        HEAD: (nn.Linear(FEATURES, 128), torch.randn(BATCH_SIZE, FEATURES)),
-        "MiniLM": (Pooled(BertModel(minilm)), torch.randint(30_000, (BATCH_SIZE, TOKENS))),
+        HEAD: (nn.Linear(FEATURES, 128), torch.randn(batch_size, FEATURES)),
+        "MiniLM": (Pooled(BertModel(minilm)), torch.randint(30_000, (batch_size, TOKENS))),
         "EfficientNet-Lite0": (lite0, images),
         "ResNet-50": (Pooled(ResNetModel(ResNetConfig())), images),
     }
@@ -84,6 +85,6 @@ def make_step(network: nn.Module, batch: Tensor, labels: Tensor, loss_func: nn.M
 def compare(device: str, repeats: int) -> list[dict[str, Any]]:
     """Rows of all networks."""
     rows = []
-    for name, (network, batch) in networks().items():
+    for name, (network, batch) in networks(*BATCH_AND_IMAGE_SIZE[device]).items():
         rows += added(name, network.to(device), batch.to(device), repeats)
     return rows

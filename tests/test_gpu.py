@@ -70,7 +70,7 @@ def test_cuda_graph_of_a_training_step(batch):
 def test_the_ratio_of_gradients(batch):
     embeddings, labels = batch
     (others,) = torch.autograd.grad(embeddings.square().mean(), embeddings)
-    total(HIERLoss(P, D).cuda(), embeddings, labels).backward()
+    total(HIERLoss(P, D, gradient_ratio=0.3).cuda(), embeddings, labels).backward()
     assert float((embeddings.grad - others).norm() / others.norm()) == pytest.approx(0.3, rel=1e-3)
 
 
