@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import distances, search, speed, steps
+from benchmarks import distances, speed, steps
 from benchmarks.report import bars, show, write
 
 NAMES = ("speed", "steps", "growth", "distances", "search")
@@ -52,6 +52,8 @@ def main() -> None:
         show("Time of all pairs, forward and backward", distances.speed(args.device, args.repeats))
         write("distances", torch.device("cpu"), rows, distances.plot(rows), args.output)
     if "search" in args.names:
+        from benchmarks import search  # needs FAISS, which the other benchmarks do not
+
         rows = search.compare(args.repeats)
         show("10 nearest of 100,000 references for 10,000 queries, 128 dimensions, on the CPU", rows)
         write("search", torch.device("cpu"), rows, None, args.output)

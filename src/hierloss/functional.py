@@ -78,7 +78,7 @@ def reciprocal_triplets(
         order = order.masked_fill(itself, -torch.inf)
         nearest = order.topk(min(num_neighbors, count), largest=False, sorted=False).indices
         neighbors = torch.zeros_like(itself).scatter_(1, nearest, True)
-        related = neighbors & neighbors.mT & ~itself
+        related = neighbors & neighbors.mT  # a point is related to itself
         draws = distances.new_empty(count, triplets_per_anchor, dtype=torch.float32)
         if random:
             uniform = [_uniform(draws) for _ in range(2)]
@@ -87,18 +87,23 @@ def reciprocal_triplets(
             uniform = [
                 (steps * step % 1).expand(count, -1) for step in (1 / triplets_per_anchor, 0.5 * 5**0.5 - 0.5)
             ]
-        positives, num_positives = _choice(related, uniform[0])
-        negatives, num_negatives = _choice(~(related | itself), uniform[1])
+        positives, num_positives = _choice(related, uniform[0], skip_itself=True)
+        negatives, num_negatives = _choice(~related, uniform[1])
         valid = (num_positives >= 2) & (num_negatives >= 1)
         anchors = torch.arange(count * triplets_per_anchor, device=distances.device) // triplets_per_anchor
     return anchors, positives.flatten(), negatives.flatten(), valid[anchors]
 
 
-def _choice(mask: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The column of a true entry of each row for every number in [0, 1); and the number of true entries."""
+def _choice(mask: Tensor, uniform: Tensor, skip_itself: bool = False) -> tuple[Tensor, Tensor]:
+    """The column of a true entry of each row for every number in [0, 1); and the number of true entries.
+
+    ``skip_itself`` leaves out the diagonal, which is true.
+    """
     cumulative = mask.cumsum(1, dtype=torch.int32)
-    number = cumulative[:, -1:]
+    number = cumulative[:, -1:] - int(skip_itself)
     rank = (uniform * number).to(torch.int32) + 1  # in float32, uniform * n < n for n < 2^24
+    if skip_itself:
+        rank += rank >= cumulative.diagonal().unsqueeze(1)
     column = torch.searchsorted(cumulative, rank)
     return column.clamp_max(mask.shape[1] - 1), number.squeeze(1)  # rows without true entries have no index
 
