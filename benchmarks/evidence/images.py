@@ -28,7 +28,7 @@ METHODS = {
 }
 # One process that loads images draws the crops from random numbers of its own, whatever the losses draw.
 COMMON = ["--dataset", "folder", "--random-split", "--backbone", "efficientnet_lite0", "--frozen-blocks", "11"]
-COMMON += ["--image-size", "96", "--workers", "1", "--eval-first", "--eval-every", "2"]
+COMMON += ["--image-size", "96", "--workers", "1", "--eval-first", "--eval-every", "3"]
 
 
 def command(data: Path, output: Path, loss: str, method: str, seed: int, epochs: int) -> list[str]:

