@@ -53,14 +53,14 @@ def hold_gradient_ratio(
     .. math:: \nabla = h + \rho \frac{\|h\|}{\|g\|} g
 
     ``h`` is the sum of all other gradients at the same tensor in the same backward pass, ``rho`` the ratio; norms
-    are Frobenius norms over the batch. With a ``history``, this is the first step. The weight of ``g`` then does not
-    fall when ``h`` becomes smaller during the training, up to equal norms:
+    are Frobenius norms over the batch. With a ``history``, this is the first step. When ``h`` then becomes smaller
+    during the training, the weight of ``g`` does not, up to equal norms:
 
     .. math:: \nabla_t = h_t + \min\left(\rho \max_{s \le t} \frac{\overline{\|h\|}_s}{\overline{\|g\|}_s},
         \max(1, \rho) \frac{\|h_t\|}{\|g_t\|}\right) g_t
 
-    with exponential moving averages of the norms. A common factor of all losses, of a gradient scaler for instance,
-    changes nothing. Non-finite values are kept. If ``h`` or ``g`` is zero, the result is ``h``. If no
+    with exponential moving averages of the norms. A common factor of all losses, of a gradient scaler for
+    instance, changes nothing. Non-finite values are kept. If ``h`` or ``g`` is zero, the result is ``h``. If no
     other loss uses the tensor in a backward pass, the result is ``g``.
 
     Args:
