@@ -220,12 +220,14 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     ) -> dict[str, dict[str, Any]]:
         batch_size = len(embeddings)
         points = self._points(embeddings)
-        ancestors = self.distance.normalize(self.proxies)
-        proxy_batch = self._proxy_batch()
-        distances = self._distances(torch.cat([points, ancestors[proxy_batch]]), ancestors, embeddings)
+        ancestors, proxy_batch = points[batch_size:], self._proxy_batch()
+        drawn_from = points
+        if not isinstance(proxy_batch, slice):
+            drawn_from = torch.cat([points[:batch_size], ancestors[proxy_batch]])
+        distances = self._distances(drawn_from, ancestors, embeddings)
         if neighbor_features is not None:  # non-finite features give a non-finite loss
             distances = distances + (neighbor_features.detach() * 0).sum().to(distances)
-        sample_triplets, sample_valid = self._mine(embeddings, points, labels, neighbor_features)
+        sample_triplets, sample_valid = self._mine(embeddings, points[:batch_size], labels, neighbor_features)
         among_proxies = distances[batch_size:, proxy_batch].detach()
         miner = self.proxy_miner or self.miner
         sample = miner.sample if isinstance(miner, ReciprocalNeighborMiner) else functional.reciprocal_triplets
@@ -252,11 +254,17 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         }
 
     def _points(self, embeddings: Tensor) -> Tensor:
-        return poincare.project(self.distance.maybe_normalize(embeddings), self.distance.c)
+        """Embeddings and proxies, in this order, as points of the unit ball."""
+        distance = self.distance
+        if distance.normalize_embeddings:
+            points = distance.normalize(torch.cat([embeddings, self.proxies]))
+        else:
+            points = torch.cat([poincare.project(embeddings, distance.c), distance.normalize(self.proxies)])
+        return poincare.unit_ball(points, distance.c)
 
     def _distances(self, points: Tensor, ancestors: Tensor, like: Tensor) -> Tensor:
-        """Distances between points of the ball, in the dtype of ``like`` and at least float32."""
-        return poincare.pairwise_distance(points, ancestors, self.distance.c, dtype=poincare.result_dtype(like))
+        """Distances between points of the unit ball, in the dtype of ``like`` and at least float32."""
+        return poincare.unit_ball_distance(points, ancestors, self.distance.c, poincare.result_dtype(like))
 
     def _proxy_batch(self) -> Tensor | slice:
         """The proxies among which triplets are drawn: all, or some of them, evenly spread in eval mode."""
@@ -359,9 +367,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             )
         check_embeddings("embeddings", embeddings, self.embedding_size)
         with torch.autocast(embeddings.device.type, enabled=False):
-            ancestors = self.distance.normalize(self.proxies)
-            rows = embeddings.split(_CHUNK_ROWS)
-            return torch.cat([self._distances(self._points(chunk), ancestors, chunk) for chunk in rows])
+            splits = (self._points(rows).tensor_split([len(rows)]) for rows in embeddings.split(_CHUNK_ROWS))
+            return torch.cat([self._distances(points, ancestors, embeddings) for points, ancestors in splits])
 
     @torch.no_grad()
     def hierarchy(

@@ -84,9 +84,10 @@ def _sqrt(c: float | Tensor, like: Tensor) -> Tensor:
     return torch.full((), math.sqrt(check_number("c", c)), dtype=like.dtype, device=like.device)
 
 
-def _norm(x: Tensor) -> Tensor:
+def _norm(x: Tensor, least: float | None = None) -> Tensor:
     """Norm of the rows, as a column, never 0, twice differentiable at the origin, unlike torch's own norm."""
-    return x.square().sum(-1, keepdim=True).clamp_min(min_norm(x.dtype) ** 2).sqrt()
+    least = min_norm(x.dtype) if least is None else least
+    return x.square().sum(-1, keepdim=True).clamp_min(least**2).sqrt()
 
 
 def _lorentz_factor(x: Tensor) -> Tensor:
@@ -106,9 +107,13 @@ def clip_norm(v: Tensor, radius: float | None) -> Tensor:
     """
     if radius is None:
         return v.to(result_dtype(v))
-    check_number("radius", radius, positive=False)
     w = working(v)
-    return (w * (radius / _norm(w).clamp_min(radius))).to(result_dtype(v))
+    return (w * _clip(_norm(w), radius)).to(result_dtype(v))
+
+
+def _clip(norm: Tensor, radius: float) -> Tensor:
+    """The factors, at most 1, that limit these norms."""
+    return check_number("radius", radius, positive=False) / norm.clamp_min(radius)
 
 
 def project(x: Tensor, c: float | Tensor) -> Tensor:
@@ -120,13 +125,13 @@ def project(x: Tensor, c: float | Tensor) -> Tensor:
                 [0.5000, 0.0000]])
     """
     w = working(x)
-    return (w * _inside(_sqrt(c, w) * _norm(w), result_dtype(x))).to(result_dtype(x))
+    return (w * _inside(_sqrt(c, w) * w, result_dtype(x))).to(result_dtype(x))
 
 
-def _inside(norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factor, at most 1, that brings a point of the unit ball with this norm inside the boundary."""
+def _inside(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factors, at most 1, that bring points of the unit ball inside the boundary."""
     largest = 1 - boundary_eps(dtype)
-    return largest / norm.clamp_min(largest)
+    return largest / _norm(x, largest)
 
 
 def exp_map0(v: Tensor, c: float | Tensor, clip_radius: float | None = None) -> Tensor:
@@ -140,10 +145,14 @@ def exp_map0(v: Tensor, c: float | Tensor, clip_radius: float | None = None) -> 
         >>> exp_map0(torch.tensor([[1.0, 0.0]]), c=1.0)
         tensor([[0.7616, 0.0000]])
     """
-    w = working(v if clip_radius is None else clip_norm(working(v), clip_radius))
-    norm = _norm(_sqrt(c, w) * w).clamp_min(linear_norm(w.dtype))
-    tanh = norm.tanh()
-    return (w * (tanh / norm) * _inside(tanh, result_dtype(v))).to(result_dtype(v))
+    w = working(v)
+    norm = _norm(w)
+    factor: float | Tensor = 1.0
+    if clip_radius is not None:
+        factor, norm = _clip(norm, clip_radius), norm.clamp_max(clip_radius)
+    norm = (_sqrt(c, w) * norm).clamp_min(linear_norm(w.dtype))
+    tanh = norm.tanh().clamp_max(1 - boundary_eps(result_dtype(v)))
+    return (w * (tanh / norm * factor)).to(result_dtype(v))
 
 
 def log_map0(x: Tensor, c: float | Tensor) -> Tensor:
@@ -156,15 +165,15 @@ def log_map0(x: Tensor, c: float | Tensor) -> Tensor:
         tensor([[ 0.3000, -0.4000]])
     """
     w = working(project(x, c))
-    norm = _norm(_sqrt(c, w) * w).clamp_min(linear_norm(w.dtype))
+    norm = _norm(_sqrt(c, w) * w, linear_norm(w.dtype))
     return (w * (norm.atanh() / norm)).to(result_dtype(x))
 
 
-def _unit_ball(x: Tensor, c: float | Tensor) -> Tensor:
+def unit_ball(x: Tensor, c: float | Tensor) -> Tensor:
     """The points in working precision, scaled to the unit ball and kept inside it."""
     w = working(x)
     w = w * _sqrt(c, w)
-    return w * _inside(_norm(w), result_dtype(x))
+    return w * _inside(w, result_dtype(x))
 
 
 def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
@@ -179,7 +188,7 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
         >>> distance(torch.tensor([[0.5, 0.0]]), torch.tensor([[-0.5, 0.0]]), c=1.0)
         tensor([2.1972])
     """
-    p, q = _unit_ball(x, c), _unit_ball(y, c)
+    p, q = unit_ball(x, c), unit_ball(y, c)
     squared = (p - q).square().sum(-1)
     same = squared < min_norm(p.dtype) ** 2  # first and second derivatives are set to 0 here
     gap = squared.masked_fill(same, 1).sqrt().masked_fill(same, 0)
@@ -203,11 +212,13 @@ def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtyp
     Source: the Gram matrix without cancellation follows Ozaki, Ogita, Oishi, Rump, "Error-free transformations of
     matrix multiplication" (Numerical Algorithms, 2012).
     """
-    p = _unit_ball(x, c)
-    q = p if y is x else _unit_ball(y, c)
-    result: Tensor = _PairwiseDistance.apply(
-        p, q, _lorentz_factor(p), _lorentz_factor(q), 1 / _sqrt(c, p), dtype or result_dtype(x, y)
-    )
+    p = unit_ball(x, c)
+    return unit_ball_distance(p, p if y is x else unit_ball(y, c), c, dtype or result_dtype(x, y))
+
+
+def unit_ball_distance(p: Tensor, q: Tensor, c: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """`pairwise_distance` of points that `unit_ball` returned."""
+    result: Tensor = _PairwiseDistance.apply(p, q, 1 / _sqrt(c, p), dtype)
     return result
 
 
@@ -225,9 +236,9 @@ def _squared_euclidean(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     qx, qy = (x + shift) - shift, (y + shift) - shift
     rx, ry = x - qx, y - qy
     exact = qx.square().sum(-1, keepdim=True) + qy.square().sum(-1).unsqueeze(-2)
-    exact -= 2 * (qx @ qy.mT)
+    exact.sub_(qx @ qy.mT, alpha=2)
     exact += ((x + qx) * rx).sum(-1, keepdim=True) + ((y + qy) * ry).sum(-1).unsqueeze(-2)
-    exact -= 2 * (torch.cat([x, rx], -1) @ torch.cat([ry, qy], -1).mT)
+    exact.sub_(torch.cat([x, rx], -1) @ torch.cat([ry, qy], -1).mT, alpha=2)
     coincident_eps = 4 * dim * eps * 2.0**-bits  # the rounding error for equal points, relative to scale squared
     return exact.masked_fill_(exact < coincident_eps * scale.square(), 0)
 
@@ -236,14 +247,16 @@ class _PairwiseDistance(torch.autograd.Function):
     """``radius * 2 arsinh(|x-y| fx fy)`` for all pairs. Only this matrix is saved; backward is products."""
 
     @staticmethod
-    def forward(x, y, fx, fy, radius, dtype):  # type: ignore[no-untyped-def]
+    def forward(x, y, radius, dtype):  # type: ignore[no-untyped-def]
         scale = torch.maximum(_largest_coordinate(x), _largest_coordinate(y))
+        factor = _lorentz_factor(y).mT
         chunks = []
-        for rows, f in _row_chunks(y.shape[-2], x, fx):
-            ratio = _squared_euclidean(rows, y, scale).sqrt_().mul_(f).mul_(fy.mT).to(dtype)
+        for (rows,) in _row_chunks(y.shape[-2], x):
+            ratio = _squared_euclidean(rows, y, scale).sqrt_().mul_(_lorentz_factor(rows)).mul_(factor).to(dtype)
             # arsinh, in a fast form without cancellation near 0
-            root = ratio.square().add_(1).sqrt_().add_(1)
-            chunks.append(ratio.add(ratio.square().div_(root)).log1p_().mul_(2 * radius))
+            square = ratio.square()
+            root = square.add(1).sqrt_().add_(1)
+            chunks.append(ratio.add_(square.div_(root)).log1p_().mul_(2 * radius))
         return torch.cat(chunks, -2) if len(chunks) > 1 else chunks[0]
 
     @staticmethod
@@ -252,19 +265,22 @@ class _PairwiseDistance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, y, fx, fy, radius, out = ctx.saved_tensors
-        grad_x, grad_fx, grad_y, grad_fy, grad_radius = [], [], 0, 0, 0
-        for rows, f, grad_rows, out_rows in _row_chunks(y.shape[-2], x, fx, grad, out):
-            g, d = grad_rows.to(x.dtype), out_rows.to(x.dtype) / radius
-            # dd/dx = w (x - y): with q = sinh(d/2), dd/d|x-y| / |x-y| = 4 (fx fy)^2 / sinh(d)
-            w = g * radius * 4 / d.sinh().masked_fill(d == 0, math.inf) * f.square() * fy.square().mT
-            t = 2 * radius * g * (d / 2).tanh()
-            grad_x.append(w.sum(-1, keepdim=True) * rows - w @ y)
-            grad_fx.append(t.sum(-1, keepdim=True) / f)
-            grad_y = grad_y + (w.sum(-2).unsqueeze(-1) * y - w.mT @ rows)
-            grad_fy = grad_fy + t.sum(-2).unsqueeze(-1) / fy
-            grad_radius = grad_radius + (g * d).sum()
-        return torch.cat(grad_x, -2), grad_y, torch.cat(grad_fx, -2), grad_fy, grad_radius, None
+        x, y, radius, out = ctx.saved_tensors
+        grad_x, grad_y, grad_radius = [], 0, torch.zeros_like(radius)
+        fy = _lorentz_factor(y).square()
+        for rows, grad_rows, out_rows in _row_chunks(y.shape[-2], x, grad, out):
+            g, half = grad_rows.to(x.dtype) * (2 * radius), out_rows.to(x.dtype) / (2 * radius)
+            # With r = sinh(d/2) = |x-y| fx fy: the derivative by fx is t / fx, and dfx/dx = fx^3 x; that by x, of
+            # |x-y| alone, is w (x - y).
+            r, f = half.sinh(), _lorentz_factor(rows).square()
+            slope = g / half.cosh()
+            t = slope * r
+            w = slope / r.masked_fill(r == 0, math.inf) * f * fy.mT
+            grad_x.append((w.sum(-1, keepdim=True) + t.sum(-1, keepdim=True) * f) * rows - w @ y)
+            grad_y = grad_y + ((w.sum(-2).unsqueeze(-1) + t.sum(-2).unsqueeze(-1) * fy) * y - w.mT @ rows)
+            if ctx.needs_input_grad[2]:
+                grad_radius = grad_radius + (g * half).sum() / radius
+        return torch.cat(grad_x, -2), grad_y, grad_radius, None
 
 
 def _largest_coordinate(x: Tensor) -> Tensor:
@@ -289,7 +305,7 @@ def to_hyperboloid(x: Tensor, c: float | Tensor) -> Tensor:
         >>> to_hyperboloid(torch.tensor([[0.5, 0.0]]), c=1.0)
         tensor([[1.3333, 0.0000, 1.6667]])
     """
-    p = _unit_ball(x, c)
+    p = unit_ball(x, c)
     factor = 2 * _lorentz_factor(p).square()
     return (torch.cat([factor * p, factor - 1], -1) / _sqrt(c, p)).to(result_dtype(x))
 

@@ -129,7 +129,7 @@ class PoincareKNN:
 
     def _on_unit_ball(self, embeddings: Tensor) -> Tensor:
         """The embeddings on the ball, scaled to the unit ball, in float64."""
-        return poincare._unit_ball(self.distance.maybe_normalize(embeddings, dim=1), self.distance.c)
+        return poincare.unit_ball(self.distance.maybe_normalize(embeddings, dim=1), self.distance.c)
 
     def train(self, embeddings: Tensor) -> None:
         """Store references ``(M, D)``, in place of those stored before."""
