@@ -121,7 +121,7 @@ def drop_invalid(mined: tuple[Tensor, Tensor, Tensor, Tensor], synchronize: bool
 
 def mean_over_valid(losses: Tensor, valid: Tensor) -> Tensor:
     """The losses, scaled so that their mean is the mean over the valid ones, 0 if there is none."""
-    return losses * (valid * (len(valid) / valid.sum().clamp_min(1)))
+    return losses * (valid / valid.mean(dtype=losses.dtype).clamp_min(1 / len(valid)))
 
 
 def euclidean_distances(features: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def hierarchical_triplet_loss(
         )
     check_number("margin", margin, positive=False)
     check_number("temperature", temperature, minimum=MIN_TEMPERATURE)
-    indices = torch.stack(tuple(triplets))
+    indices = triplets if isinstance(triplets, Tensor) else torch.stack(tuple(triplets))
     if indices.ndim != 2 or len(indices) != 3:
         raise ValueError(f"triplets must be three index tensors of shape (T,), got shape {tuple(indices.shape)}")
     if noise is not None and noise.shape != (2, indices.shape[1], distances.shape[1]):
@@ -202,7 +202,7 @@ def hierarchical_triplet_loss(
         raise ValueError(f"noise must have shape {expected}, (2, T, P), got shape {tuple(noise.shape)}")
     # Half precision has too few digits for weights that are exponentials.
     distances = distances.to(torch.promote_types(distances.dtype, torch.float32)).contiguous()
-    losses, ancestors = _HierarchicalTripletLoss.apply(distances, indices, margin, temperature, noise)
+    losses, ancestors, _ = _HierarchicalTripletLoss.apply(distances, indices, margin, temperature, noise)
     return HierarchicalTripletLoss(losses, ancestors)
 
 
@@ -220,17 +220,18 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
             else:
                 chunks.append(_inverse_cdf(ancestor_logits.softmax(-1)))
         ancestors = torch.cat(chunks, 1)
-        losses = _terms(distances, triplets, ancestors, margin).clamp_min_(0).sum(0)
-        return losses + torch.cat(zeros) if zeros else losses, ancestors
+        terms = _terms(distances, triplets, ancestors, margin)
+        losses = terms.clamp_min(0).sum(0)
+        return losses + torch.cat(zeros) if zeros else losses, ancestors, terms
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        distances, triplets, ctx.margin, ctx.temperature, noise = inputs
-        ctx.save_for_backward(distances, triplets, noise, output[1])
-        ctx.mark_non_differentiable(output[1])
+        distances, triplets, _, ctx.temperature, noise = inputs
+        ctx.save_for_backward(distances, triplets, noise, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
-    def backward(ctx, grad_losses, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_losses, *_):  # type: ignore[no-untyped-def]
         with torch.no_grad():
             grad = _HierarchicalTripletLoss.gradient(ctx, grad_losses)
         if torch.is_grad_enabled():  # the gradient may be differentiated itself
@@ -239,10 +240,9 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
 
     @staticmethod
     def gradient(ctx, grad_losses):  # type: ignore[no-untyped-def]
-        distances, triplets, noise, ancestors = ctx.saved_tensors
+        distances, triplets, noise, ancestors, terms = ctx.saved_tensors
         # The gradient with respect to d(., rho_ij), for i, j and k; that of d(., rho_ijk) is the opposite.
-        inactive = _terms(distances, triplets, ancestors, ctx.margin) <= 0  # false for NaN, which must propagate
-        slopes = ~inactive * grad_losses
+        slopes = ~(terms <= 0) * grad_losses  # NaN must propagate
         slopes[2].neg_()
         kept = torch.arange(slopes.shape[1], device=slopes.device)
         if shapes_may_depend_on_values(slopes):
@@ -297,7 +297,7 @@ def _terms(distances: Tensor, triplets: Tensor, ancestors: Tensor, margin: float
     gap = near - far
     gap[2].neg_()
     # The last term is NaN if any distance is not finite: the draws are then meaningless, so the loss is NaN.
-    return (gap + margin) * (ancestors[0] != ancestors[1]) + (distances.amax() - distances.amin()) * 0
+    return (gap + margin) * ancestors.diff(dim=0).ne(0) + (distances.amax() - distances.amin()) * 0
 
 
 def _rows_and_ancestor_logits(logits: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,10 +305,10 @@ def _rows_and_ancestor_logits(logits: Tensor, triplets: Tensor) -> tuple[Tensor,
 
     The farthest of several points is the one with the smallest logit.
     """
-    rows = logits.index_select(0, triplets.flatten()).view(3, triplets.shape[1], logits.shape[1])
+    rows = logits.index_select(0, triplets.flatten()).view(*triplets.shape, logits.shape[1])
     ancestor_logits = torch.empty_like(rows[:2])
-    torch.minimum(rows[0], rows[1], out=ancestor_logits[0])
-    torch.minimum(ancestor_logits[0], rows[2], out=ancestor_logits[1])
+    (i, j, k), (pair, triple) = rows.unbind(), ancestor_logits.unbind()
+    torch.minimum(torch.minimum(i, j, out=pair), k, out=triple)
     return rows, ancestor_logits
 
 
@@ -341,8 +341,8 @@ def _add_soft_gradient(
         # 1 / t_p = probability_p / (first * probability_p + delay_p). The logarithm of a uniform variable is
         # minus an exponential variable, so the result is negative, and so is its sum below.
         soft = probabilities.div_(delay.addcmul_(first, probabilities))
-    towards = rows[0] * slopes[0].unsqueeze(-1)
-    towards.addcmul_(rows[1], slopes[1].unsqueeze(-1)).addcmul_(rows[2], slopes[2].unsqueeze(-1))
+    (i, j, k), (slope_i, slope_j, slope_k) = rows.unbind(), slopes.unsqueeze(-1).unbind()
+    towards = (i * slope_i).addcmul_(j, slope_j).addcmul_(k, slope_k)
     # Backward of softmax. Logits are used here in place of the distances of the loss, which gives the factor
     # d logit / d distance = -1 / temperature of the softmax.
     total = soft.sum(-1, keepdim=True)
@@ -350,11 +350,11 @@ def _add_soft_gradient(
     total[1].neg_()
     pair, triple = soft.mul_(towards - mean).div_(total)
     # The gradient goes to the smaller logit. The rows are overwritten by the gradients of i, j and k.
-    from_j = torch.lt(rows[1], rows[0], out=towards)
-    torch.lt(rows[2], ancestor_logits[0], out=rows[2]).mul_(triple)
-    pair.add_(triple).sub_(rows[2])
-    torch.mul(from_j, pair, out=rows[1])
-    torch.sub(pair, rows[1], out=rows[0])
+    from_j = torch.lt(j, i, out=towards)
+    torch.lt(k, ancestor_logits[0], out=k).mul_(triple)
+    pair.add_(triple).sub_(k)
+    torch.mul(from_j, pair, out=j)
+    torch.sub(pair, j, out=i)
     grad.index_add_(0, triplets.flatten(), rows.view(-1, logits.shape[1]))
 
 
