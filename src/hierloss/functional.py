@@ -23,7 +23,7 @@ __all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_t
 
 _CHUNK_CELLS = 2**18  # of a (triplets, proxies) array at a time on a CPU: about the size of its cache
 # On an accelerator, a kernel launch costs more than a cache miss; a compiler unrolls the loop over chunks.
-_CHUNK_CELLS_FUSED = 2**24
+_CHUNK_CELLS_FUSED = 18 * 2**20
 
 
 def reciprocal_triplets(
@@ -73,7 +73,7 @@ def reciprocal_triplets(
         order = distances
         if labels is not None:
             tiny = torch.finfo(distances.dtype).tiny
-            order = torch.where(labels.unsqueeze(1) == labels, -1 / (distances + tiny), distances)
+            order = torch.where(labels.unsqueeze(1) == labels, (-tiny - distances).reciprocal(), distances)
         itself = torch.eye(count, dtype=torch.bool, device=distances.device)
         order = order.masked_fill(itself, -torch.inf)
         nearest = order.topk(min(num_neighbors, count), largest=False, sorted=False).indices
@@ -101,10 +101,10 @@ def _choice(mask: Tensor, uniform: Tensor, skip_itself: bool = False) -> tuple[T
     """
     cumulative = mask.cumsum(1, dtype=torch.int32)
     number = cumulative[:, -1:] - int(skip_itself)
-    rank = (uniform * number).to(torch.int32) + 1  # in float32, uniform * n < n for n < 2^24
+    rank = (uniform * number).to(torch.int32)  # in float32, uniform * n < n for n < 2^24
     if skip_itself:
-        rank += rank >= cumulative.diagonal().unsqueeze(1)
-    column = torch.searchsorted(cumulative, rank)
+        rank += rank >= cumulative.diagonal().unsqueeze(1) - 1
+    column = torch.searchsorted(cumulative, rank, right=True)
     return column.clamp_max(mask.shape[1] - 1), number.squeeze(1)  # rows without true entries have no index
 
 
@@ -297,7 +297,7 @@ def _terms(distances: Tensor, triplets: Tensor, ancestors: Tensor, margin: float
     gap = near - far
     gap[2].neg_()
     # The last term is NaN if any distance is not finite: the draws are then meaningless, so the loss is NaN.
-    return (gap + margin) * ancestors.diff(dim=0).ne(0) + (distances.amax() - distances.amin()) * 0
+    return (gap + margin) * torch.ne(*ancestors) + (distances.amax() - distances.amin()) * 0
 
 
 def _rows_and_ancestor_logits(logits: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,6 +341,7 @@ def _add_soft_gradient(
         # 1 / t_p = probability_p / (first * probability_p + delay_p). The logarithm of a uniform variable is
         # minus an exponential variable, so the result is negative, and so is its sum below.
         soft = probabilities.div_(delay.addcmul_(first, probabilities))
+        del delay  # its memory is used again below
     (i, j, k), (slope_i, slope_j, slope_k) = rows.unbind(), slopes.unsqueeze(-1).unbind()
     towards = (i * slope_i).addcmul_(j, slope_j).addcmul_(k, slope_k)
     # Backward of softmax. Logits are used here in place of the distances of the loss, which gives the factor

@@ -220,14 +220,13 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     ) -> dict[str, dict[str, Any]]:
         batch_size = len(embeddings)
         points = self._points(embeddings)
-        ancestors, proxy_batch = points[batch_size:], self._proxy_batch()
-        drawn_from = points
-        if not isinstance(proxy_batch, slice):
-            drawn_from = torch.cat([points[:batch_size], ancestors[proxy_batch]])
-        distances = self._distances(drawn_from, ancestors, embeddings)
+        leaves, ancestors = points.tensor_split([batch_size])
+        proxy_batch = self._proxy_batch()
+        rows = points if isinstance(proxy_batch, slice) else torch.cat([leaves, ancestors[proxy_batch]])
+        distances = self._distances(rows, ancestors, embeddings)
         if neighbor_features is not None:  # non-finite features give a non-finite loss
             distances = distances + (neighbor_features.detach() * 0).sum().to(distances)
-        sample_triplets, sample_valid = self._mine(embeddings, points[:batch_size], labels, neighbor_features)
+        sample_triplets, sample_valid = self._mine(embeddings, leaves, labels, neighbor_features)
         among_proxies = distances[batch_size:, proxy_batch].detach()
         miner = self.proxy_miner or self.miner
         sample = miner.sample if isinstance(miner, ReciprocalNeighborMiner) else functional.reciprocal_triplets

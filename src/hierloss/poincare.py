@@ -86,8 +86,7 @@ def _sqrt(c: float | Tensor, like: Tensor) -> Tensor:
 
 def _norm(x: Tensor, least: float | None = None) -> Tensor:
     """Norm of the rows, as a column, never 0, twice differentiable at the origin, unlike torch's own norm."""
-    least = min_norm(x.dtype) if least is None else least
-    return x.square().sum(-1, keepdim=True).clamp_min(least**2).sqrt()
+    return x.square().sum(-1, keepdim=True).clamp_min((least or min_norm(x.dtype)) ** 2).sqrt()
 
 
 def _lorentz_factor(x: Tensor) -> Tensor:
@@ -107,13 +106,9 @@ def clip_norm(v: Tensor, radius: float | None) -> Tensor:
     """
     if radius is None:
         return v.to(result_dtype(v))
+    check_number("radius", radius, positive=False)
     w = working(v)
-    return (w * _clip(_norm(w), radius)).to(result_dtype(v))
-
-
-def _clip(norm: Tensor, radius: float) -> Tensor:
-    """The factors, at most 1, that limit these norms."""
-    return check_number("radius", radius, positive=False) / norm.clamp_min(radius)
+    return (w * (radius / _norm(w).clamp_min(radius))).to(result_dtype(v))
 
 
 def project(x: Tensor, c: float | Tensor) -> Tensor:
@@ -149,7 +144,8 @@ def exp_map0(v: Tensor, c: float | Tensor, clip_radius: float | None = None) -> 
     norm = _norm(w)
     factor: float | Tensor = 1.0
     if clip_radius is not None:
-        factor, norm = _clip(norm, clip_radius), norm.clamp_max(clip_radius)
+        check_number("radius", clip_radius, positive=False)
+        factor, norm = clip_radius / norm.clamp_min(clip_radius), norm.clamp_max(clip_radius)
     norm = (_sqrt(c, w) * norm).clamp_min(linear_norm(w.dtype))
     tanh = norm.tanh().clamp_max(1 - boundary_eps(result_dtype(v)))
     return (w * (tanh / norm * factor)).to(result_dtype(v))
@@ -218,7 +214,7 @@ def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtyp
 
 def unit_ball_distance(p: Tensor, q: Tensor, c: float | Tensor, dtype: torch.dtype) -> Tensor:
     """`pairwise_distance` of points that `unit_ball` returned."""
-    result: Tensor = _PairwiseDistance.apply(p, q, 1 / _sqrt(c, p), dtype)
+    result: Tensor = _PairwiseDistance.apply(p, q, 2 / _sqrt(c, p), dtype)
     return result
 
 
@@ -244,19 +240,18 @@ def _squared_euclidean(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 class _PairwiseDistance(torch.autograd.Function):
-    """``radius * 2 arsinh(|x-y| fx fy)`` for all pairs. Only this matrix is saved; backward is products."""
+    """``diameter * arsinh(|x-y| fx fy)`` for all pairs. Only this matrix is saved; backward is products."""
 
     @staticmethod
-    def forward(x, y, radius, dtype):  # type: ignore[no-untyped-def]
+    def forward(x, y, diameter, dtype):  # type: ignore[no-untyped-def]
         scale = torch.maximum(_largest_coordinate(x), _largest_coordinate(y))
         factor = _lorentz_factor(y).mT
         chunks = []
         for (rows,) in _row_chunks(y.shape[-2], x):
             ratio = _squared_euclidean(rows, y, scale).sqrt_().mul_(_lorentz_factor(rows)).mul_(factor).to(dtype)
             # arsinh, in a fast form without cancellation near 0
-            square = ratio.square()
-            root = square.add(1).sqrt_().add_(1)
-            chunks.append(ratio.add_(square.div_(root)).log1p_().mul_(2 * radius))
+            root = ratio.square().add_(1).sqrt_().add_(1)
+            chunks.append(ratio.addcmul_(ratio, ratio / root).log1p_().mul_(diameter))
         return torch.cat(chunks, -2) if len(chunks) > 1 else chunks[0]
 
     @staticmethod
@@ -265,22 +260,21 @@ class _PairwiseDistance(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, y, radius, out = ctx.saved_tensors
-        grad_x, grad_y, grad_radius = [], 0, torch.zeros_like(radius)
+        x, y, diameter, out = ctx.saved_tensors
+        grad_x, grad_y, grad_diameter = [], 0, torch.zeros_like(diameter)
         fy = _lorentz_factor(y).square()
         for rows, grad_rows, out_rows in _row_chunks(y.shape[-2], x, grad, out):
-            g, half = grad_rows.to(x.dtype) * (2 * radius), out_rows.to(x.dtype) / (2 * radius)
-            # With r = sinh(d/2) = |x-y| fx fy: the derivative by fx is t / fx, and dfx/dx = fx^3 x; that by x, of
-            # |x-y| alone, is w (x - y).
+            g, half = grad_rows.to(x.dtype), out_rows.to(x.dtype) / diameter
+            # The derivative by |x-y| gives w (x - y); that by fx gives t / fx, and dfx/dx = fx^3 x.
             r, f = half.sinh(), _lorentz_factor(rows).square()
-            slope = g / half.cosh()
+            slope = g * diameter / half.cosh()
             t = slope * r
             w = slope / r.masked_fill(r == 0, math.inf) * f * fy.mT
             grad_x.append((w.sum(-1, keepdim=True) + t.sum(-1, keepdim=True) * f) * rows - w @ y)
             grad_y = grad_y + ((w.sum(-2).unsqueeze(-1) + t.sum(-2).unsqueeze(-1) * fy) * y - w.mT @ rows)
             if ctx.needs_input_grad[2]:
-                grad_radius = grad_radius + (g * half).sum() / radius
-        return torch.cat(grad_x, -2), grad_y, grad_radius, None
+                grad_diameter = grad_diameter + (g * half).sum()
+        return torch.cat(grad_x, -2), grad_y, grad_diameter, None
 
 
 def _largest_coordinate(x: Tensor) -> Tensor:
