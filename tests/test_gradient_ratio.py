@@ -10,7 +10,7 @@ from pytorch_metric_learning import losses
 from torch.utils.checkpoint import checkpoint
 
 from hierloss import HIERLoss
-from hierloss.gradient_ratio import GradientHistory, hold_gradient_ratio
+from hierloss.gradient_ratio import hold_gradient_ratio
 
 CLASSES, D, B, P = 6, 8, 30, 16
 
@@ -185,73 +185,6 @@ def test_two_of_them_on_one_tensor(order):
     loss = sum([base(embeddings, labels), *parts] if order == "before" else [*parts, base(embeddings, labels)])
     expected = expected_gradient(expected_gradient(others, own), other_own, 0.5)
     torch.testing.assert_close(gradient(loss, embeddings), expected, rtol=1e-4, atol=1e-5)
-
-
-# --- the weight over the training ---------------------------------------------------------------------------
-
-FALLING = [8.0, 9.0, 4.0, 0.5, 0.1, 0.0, 2.0, 30.0]  # norms of the other gradients, and of the own one
-OWN = [1.0, 0.25, 2.0, 1.0, 1.0, 1.0, 0.0, 1.0]
-
-
-def weights_of_steps(history, others, own, ratio=0.1):
-    """Weight of the own gradient in each step, by a leaf with one entry for each of the two gradients."""
-    weights = []
-    for h, g in zip(others, own, strict=True):
-        embeddings = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
-        held = hold_gradient_ratio(embeddings, ratio, history=history)
-        (h * embeddings[0, 0] + g * held[0, 1]).backward()
-        weights.append(float(embeddings.grad[0, 1]) / g if g else 0.0)
-    return weights
-
-
-@pytest.mark.parametrize("ratio", [0.1, 3.0])
-def test_the_weight_never_falls_but_to_equal_norms(ratio):
-    expected, means, largest = [], [0.0, 0.0], 0.0
-    for h, g in zip(FALLING, OWN, strict=True):
-        means = [0.9 * mean + 0.1 * new for mean, new in zip(means, (h, g), strict=True)]
-        largest = max(largest, means[0] / means[1])
-        expected.append(min(ratio * largest, max(1, ratio) * h / g) if g else 0.0)
-    assert weights_of_steps(GradientHistory(), FALLING, OWN, ratio) == pytest.approx(expected, rel=1e-6)
-    assert expected[0] == pytest.approx(ratio * 8.0)
-
-
-def test_a_scaler_that_changes_its_factor_changes_no_weight():
-    factors = [2.0**k for k in (16, 16, 15, 3, 3, 4, 20)]
-    scaled = [[factor * norm for factor in factors] for norm in (8.0, 2.0)]
-    assert weights_of_steps(GradientHistory(), *scaled) == pytest.approx([0.1 * 8.0 / 2.0] * len(factors))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_steps_that_overflow_leave_no_trace(bad):
-    history, untouched = GradientHistory(), GradientHistory()
-    weights_of_steps(history, [8.0, bad, 3.0], [1.0, 1.0, bad])
-    weights_of_steps(untouched, [8.0], [1.0])
-    torch.testing.assert_close(history.state_dict(), untouched.state_dict())
-    assert weights_of_steps(history, [4.0], [1.0]) == weights_of_steps(untouched, [4.0], [1.0])
-
-
-def test_the_weight_goes_on_from_a_checkpoint():
-    embeddings, labels = batch()
-
-    def steps(hier, scale):
-        torch.manual_seed(0)
-        return gradient(scale * make_base()(embeddings, labels) + hier(embeddings, labels), embeddings)
-
-    hier = make_hier().train()
-    steps(hier, 1.0)
-    resumed = make_hier().train()
-    resumed.load_state_dict(hier.state_dict())
-    fresh = make_hier().train()
-    expected = steps(hier, 0.5)
-    close(steps(resumed, 0.5), expected)
-    assert float((steps(fresh, 0.5) - expected).norm()) > 0.05 * float(expected.norm())
-
-
-def test_eval_mode_leaves_the_weight_alone():
-    embeddings, labels = batch()
-    hier = make_hier()
-    step(embeddings, labels, hier).backward()
-    assert not hier.gradient_history.largest
 
 
 # --- ways of going back -------------------------------------------------------------------------------------

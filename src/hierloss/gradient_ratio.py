@@ -1,4 +1,4 @@
-"""The gradient of one loss at a ratio to the gradients of all others, by a hook on the embeddings.
+"""The gradient of one loss at a fixed ratio to the gradients of all others, by a hook on the embeddings.
 
 The loss gets the embeddings through an identity function, whose backward pass stores the gradient of the loss and
 returns zeros. A hook on the embeddings runs after the gradients of all losses have been added. It receives the sum
@@ -11,40 +11,19 @@ import weakref
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import poincare
 
-__all__ = ["GradientHistory", "hold_gradient_ratio"]
+__all__ = ["hold_gradient_ratio"]
 
-_SMOOTHING = 0.1  # share of the newest norms in their moving averages
 _LARGE_AFTER = 100  # consecutive backward passes with a gradient larger than all others, before a warning
-
-
-class GradientHistory(nn.Module):
-    """Moving averages of the norms of ``h`` and ``g``, and the largest ratio of them so far; see below."""
-
-    mean_norms: Tensor
-    largest: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean_norms", torch.zeros(2))
-        self.register_buffer("largest", torch.zeros(()))
-
-    def update(self, others: Tensor, own: Tensor) -> Tensor:
-        """Add the norms of a backward pass, unless they are not finite; returns the largest ratio."""
-        means = self.mean_norms.lerp(torch.stack([others, own]).to(self.mean_norms), _SMOOTHING)
-        self.mean_norms.copy_(torch.where(means.isfinite().all(), means, self.mean_norms))
-        ratio = torch.where(self.mean_norms[1] > 0, self.mean_norms[0] / self.mean_norms[1], 0)
-        return self.largest.copy_(torch.maximum(self.largest, ratio)).to(others)
 
 
 def hold_gradient_ratio(
     embeddings: Tensor,
     ratio: float | None,
     *,
-    history: GradientHistory | None = None,
     on_ratio: Callable[[Tensor], None] | None = None,
     on_alone: Callable[[], None] | None = None,
 ) -> Tensor:
@@ -53,20 +32,13 @@ def hold_gradient_ratio(
     .. math:: \nabla = h + \rho \frac{\|h\|}{\|g\|} g
 
     ``h`` is the sum of all other gradients at the same tensor in the same backward pass, ``rho`` the ratio; norms
-    are Frobenius norms over the batch. With a ``history``, this is the first step. When ``h`` then becomes smaller
-    during the training, the weight of ``g`` does not, up to equal norms:
-
-    .. math:: \nabla_t = h_t + \min\left(\rho \max_{s \le t} \frac{\overline{\|h\|}_s}{\overline{\|g\|}_s},
-        \max(1, \rho) \frac{\|h_t\|}{\|g_t\|}\right) g_t
-
-    with exponential moving averages of the norms. A common factor of all losses, of a gradient scaler for
-    instance, changes nothing. Non-finite values are kept. If ``h`` or ``g`` is zero, the result is ``h``. If no
+    are Frobenius norms over the batch. A common factor of all losses, of a gradient scaler for instance, does not
+    change the ratio. Non-finite values are kept. If ``h`` or ``g`` is zero, the result is ``h``. If no
     other loss uses the tensor in a backward pass, the result is ``g``.
 
     Args:
         embeddings: shape ``(N, D)``, the same tensor that the other losses use.
         ratio: ``rho``; ``None`` does not scale.
-        history: of the steps so far; each backward pass adds its norms to it.
         on_ratio: called in each backward pass with ``|g| / |h|`` before scaling, a 0-dim tensor.
         on_alone: called in each backward pass in which no other loss uses the tensor, if there is a ratio.
 
@@ -106,11 +78,7 @@ def hold_gradient_ratio(
         if on_ratio is not None:
             on_ratio((own_size / size).detach())
         if ratio is not None:
-            relative = size / own_size.masked_fill(own_size == 0, torch.inf)
-            weight = ratio * relative
-            if history is not None:
-                weight = torch.minimum(ratio * history.update(size, own_size), max(1.0, ratio) * relative)
-            own = own * weight.to(own.dtype)
+            own = own * (ratio * size / own_size.masked_fill(own_size == 0, torch.inf)).to(own.dtype)
         return others + own.to(others.dtype)
 
     handle = embeddings.register_hook(add_back)

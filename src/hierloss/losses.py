@@ -16,7 +16,7 @@ from torch import Tensor
 from . import functional, poincare
 from ._checks import MIN_TEMPERATURE, check_count, check_embeddings, check_labels, check_number
 from .distances import PoincareDistance
-from .gradient_ratio import GradientHistory, RatioReports, hold_gradient_ratio
+from .gradient_ratio import RatioReports, hold_gradient_ratio
 from .hierarchy import Hierarchy
 from .miners import ReciprocalNeighborMiner
 from .optimizer_watch import OptimizerWatch
@@ -68,9 +68,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             or the default miner if ``miner`` is of another class.
         proxy_batch_size: draw the triplets of proxies among this many proxies, drawn anew in every step, so that
             time and memory grow linearly with ``num_proxies``; ``None`` for all. Ancestors are any proxies.
-        gradient_ratio: norm of HIER's gradient at the embeddings when the training starts, relative to the norm of
-            all other gradients that reach the same embeddings in the same backward pass. While these become
-            smaller, HIER keeps its weight, up to equal norms; see `hierloss.gradient_ratio`. Weights of
+        gradient_ratio: norm of HIER's gradient at the embeddings, relative to the norm of all other gradients that
+            reach the same embeddings in the same backward pass; see `hierloss.gradient_ratio`. Weights of
             `MultipleLosses` then change the gradient of the proxies only. ``None``: no scaling, and the weight is
             the paper's :math:`\lambda`; ``torch.compile(fullgraph=True)`` needs it.
         **kwargs: PML's options: ``distance`` (a `PoincareDistance`, which holds the curvature), ``reducer``,
@@ -141,7 +140,6 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
             self.proxies = UnsizedParameter()
         self._features_of_threads: dict[int, Tensor] = {}
-        self.gradient_history = GradientHistory()
         self._watch = OptimizerWatch()
         self._reports = RatioReports()
         if embedding_size is not None:
@@ -206,7 +204,6 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         held = hold_gradient_ratio(
             embeddings,
             self.gradient_ratio,
-            history=self.gradient_history if self.training else None,
             on_ratio=self._record_ratio if self.collect_stats else None,
             on_alone=partial(self._reports.alone, self.gradient_ratio),
         )
