@@ -56,6 +56,11 @@ def added(name: str, network: nn.Module, batch: Tensor, repeats: int) -> list[di
     for proxies in NUM_PROXIES:
         both = losses.MultipleLosses([losses.ProxyAnchorLoss(len(batch) // 5, size), HIERLoss(proxies, size)])
         steps[f"{proxies} proxies"] = make_step(network, batch, labels, both)
+    if device == "cuda":
+        hier = HIERLoss(NUM_PROXIES[-1], size)
+        hier.compile()
+        both = losses.MultipleLosses([losses.ProxyAnchorLoss(len(batch) // 5, size), hier])
+        steps[f"{NUM_PROXIES[-1]} proxies, compiled"] = make_step(network, batch, labels, both)
     times = side_by_side(steps, device, repeats)
     rows = []
     for title, own in times.items():

@@ -74,6 +74,21 @@ def test_the_ratio_of_gradients(batch):
     assert float((embeddings.grad - others).norm() / others.norm()) == pytest.approx(0.3, rel=1e-3)
 
 
+def test_compiled(batch):
+    """The ratio holds, and each call draws anew."""
+    embeddings, labels = batch
+    (others,) = torch.autograd.grad(embeddings.square().mean(), embeddings)
+    loss_func = HIERLoss(P, D, gradient_ratio=0.3).cuda()
+    eager = torch.stack([loss_func(embeddings, labels).detach() for _ in range(20)])
+    loss_func.compile()
+    losses = [total(loss_func, embeddings, labels) for _ in range(20)]
+    losses[0].backward()
+    assert float((embeddings.grad - others).norm() / others.norm()) == pytest.approx(0.3, rel=1e-3)
+    values = torch.stack(losses).detach() - embeddings.detach().square().mean()
+    assert len(values.unique()) > 10
+    assert (values.mean() - eager.mean()).abs() < 4 * ((values.var() + eager.var()) / 20).sqrt()
+
+
 def test_mean_over_draws_is_that_of_the_cpu(batch):
     torch.manual_seed(0)
     on_cpu = HIERLoss(P, D)

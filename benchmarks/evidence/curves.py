@@ -57,7 +57,9 @@ def perform(
 
 
 def paired_scores(rows: list[Row]) -> pd.DataFrame:
-    """Scores at each point of training, of the seeds that all methods of a cell have."""
+    """Scores at each point of training, of the seeds that all methods of a cell have; each length is a cell."""
+    units = [UNITS[row["dataset"]] for row in rows]
+    rows = [row | {"loss": f"{row['loss']}, {row[unit]} {unit}"} for row, unit in zip(rows, units, strict=True)]
     points = sorted({int(point) for row in rows for point in row["curve"]})
     found = scores(rows, "test", {point: lambda row, p=str(point): row["curve"].get(p) for point in points})
     cells = [own.unstack("method").dropna().stack("method") for _, own in found.groupby(CELL, sort=False)]
