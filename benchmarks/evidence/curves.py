@@ -56,10 +56,15 @@ def perform(
             file.write(json.dumps(row) + "\n")
 
 
+def length(row: Row) -> int:
+    """Epochs or steps of a run."""
+    found: int = row[UNITS[row["dataset"]]]
+    return found
+
+
 def paired_scores(rows: list[Row]) -> pd.DataFrame:
     """Scores at each point of training, of the seeds that all methods of a cell have; each length is a cell."""
-    units = [UNITS[row["dataset"]] for row in rows]
-    rows = [row | {"loss": f"{row['loss']}, {row[unit]} {unit}"} for row, unit in zip(rows, units, strict=True)]
+    rows = [row | {"loss": f"{row['loss']}, {length(row)} {UNITS[row['dataset']]}"} for row in rows]
     points = sorted({int(point) for row in rows for point in row["curve"]})
     found = scores(rows, "test", {point: lambda row, p=str(point): row["curve"].get(p) for point in points})
     cells = [own.unstack("method").dropna().stack("method") for _, own in found.groupby(CELL, sort=False)]
@@ -113,10 +118,13 @@ def figure(found: pd.DataFrame) -> Figure:
 
 
 def write(folder: Path, images: Path) -> None:
-    """Print the table and draw the picture."""
+    """Print the table, and draw the picture of the longest trainings."""
     rows = [row for name in STUDIES.values() for row in study.read(name, folder)]
     if rows:
-        found = paired_scores(rows)
-        print(table(found))
+        print(table(paired_scores(rows)))
+        longest: dict[str, int] = {}
+        for row in rows:
+            longest[row["dataset"]] = max(longest.get(row["dataset"], 0), length(row))
         images.mkdir(parents=True, exist_ok=True)
-        figure(found).savefig(images / "end-to-end.png", dpi=110)
+        shown = [row for row in rows if length(row) == longest[row["dataset"]]]
+        figure(paired_scores(shown)).savefig(images / "end-to-end.png", dpi=110)
