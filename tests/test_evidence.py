@@ -109,25 +109,6 @@ def test_schedules_change_in_the_first_half():
     assert training.scheduled(training.METHODS["lambda 1"], 0) is None
 
 
-def test_ratio_to_the_largest_gradient_so_far(folder, monkeypatch):
-    """The ratio of every step is that of the largest gradient of the base loss alone, and at most 1."""
-    monkeypatch.setitem(training.LOSSES, "SupCon", lambda _: (Shrinking(), None))
-    steps = training.train(split_of(folder).train, "SupCon", training.METHODS["ratio 0.3, frozen, largest"], 0, 4)
-    ratios = [hier.gradient_ratio for _, _, hier in steps][1:]
-    assert ratios == pytest.approx([0.3, 0.6, 0.6, 1.0], rel=1e-5)
-
-
-class Shrinking(torch.nn.Module):
-    """A loss with gradients of norms 4, 2, 2, 1."""
-
-    def __init__(self):
-        super().__init__()
-        self.norms = iter([4.0, 2.0, 2.0, 1.0])
-
-    def forward(self, embeddings, labels, indices_tuple=None):
-        return next(self.norms) * embeddings.sum() / embeddings.numel() ** 0.5
-
-
 def test_distillation_is_zero_for_the_similarities_themselves():
     features = torch.randn(9, 5)
     assert training.distillation(3 * features, features).abs() < 1e-6

@@ -58,8 +58,7 @@ def perform(
 
 def length(row: Row) -> int:
     """Epochs or steps of a run."""
-    found: int = row[UNITS[row["dataset"]]]
-    return found
+    return int(row[UNITS[row["dataset"]]])
 
 
 def paired_scores(rows: list[Row]) -> pd.DataFrame:
@@ -122,9 +121,9 @@ def write(folder: Path, images: Path) -> None:
     rows = [row for name in STUDIES.values() for row in study.read(name, folder)]
     if rows:
         print(table(paired_scores(rows)))
-        longest: dict[str, int] = {}
-        for row in rows:
-            longest[row["dataset"]] = max(longest.get(row["dataset"], 0), length(row))
-        images.mkdir(parents=True, exist_ok=True)
+        longest = {
+            name: max((length(row) for row in rows if row["dataset"] == name), default=0) for name in STUDIES
+        }
         shown = [row for row in rows if length(row) == longest[row["dataset"]]]
+        images.mkdir(parents=True, exist_ok=True)
         figure(paired_scores(shown)).savefig(images / "end-to-end.png", dpi=110)

@@ -47,7 +47,7 @@ class Method:
     frozen: bool = False
     """Neighbours among the frozen features instead of the embeddings."""
     schedule: str = "constant"
-    """Or "rising", "falling"; "largest": relative to the base loss's largest gradient so far, and at most 1."""
+    """Or "rising", "falling"."""
     num_proxies: int = 64
     triplets_per_anchor: int = 50
     proxy_batch_size: int | None = None
@@ -60,9 +60,7 @@ METHODS: dict[str, Method] = {
     **{f"ratio {ratio}": Method(ratio=ratio) for ratio in (0.1, 0.3, 1.0)},
     **{f"ratio {ratio}, frozen": replace(FROZEN, ratio=ratio) for ratio in (0.1, 0.3, 1.0)},
     **{f"distillation {ratio}": Method(hier=False, distill=True, ratio=ratio) for ratio in (0.3, 1.0)},
-    **{f"ratio 0.3, frozen, {name}": replace(FROZEN, schedule=name) for name in ("rising", "falling", "largest")},
-    "ratio 0.1, largest": Method(ratio=0.1, schedule="largest"),
-    "ratio 0.1, frozen, largest": replace(FROZEN, ratio=0.1, schedule="largest"),
+    **{f"ratio 0.3, frozen, {name}": replace(FROZEN, schedule=name) for name in ("rising", "falling")},
     "lambda 1, 10 triplets": Method(triplets_per_anchor=10),
     **{f"ratio {ratio}, 10 triplets": Method(ratio=ratio, triplets_per_anchor=10) for ratio in (0.1, 0.3, 1.0)},
     "ratio 0.3, frozen, 10 triplets": replace(FROZEN, triplets_per_anchor=10),
@@ -102,7 +100,7 @@ def train(
             {"params": [*base.parameters(), *hier.parameters()], "lr": PROXY_LR},
         ]
     )
-    batches, largest = make_batches(labels, seed), 0.0
+    batches = make_batches(labels, seed)
     for step in range(steps):
         yield step, head, hier
         rows = next(batches)
@@ -110,10 +108,6 @@ def train(
         total = base(embeddings, targets, miner(embeddings, targets) if miner else None)
         if method.hier:
             hier.gradient_ratio = scheduled(method, step / steps)
-            if method.ratio is not None and method.schedule == "largest":
-                (gradient,) = torch.autograd.grad(total, embeddings, retain_graph=True)
-                largest = max(largest, norm := float(gradient.norm()))
-                hier.gradient_ratio = min(1.0, method.ratio * largest / norm) if norm else method.ratio
             neighbors = features[rows] if method.frozen else None
             total = total + hier(embeddings, targets, neighbor_features=neighbors)
         if method.distill:
@@ -141,10 +135,9 @@ def make_hier(method: Method) -> HIERLoss:
 
 def scheduled(method: Method, done: float) -> float | None:
     """The ratio after this share of the training; schedules change in the first half."""
-    if method.ratio is None or method.schedule not in ("rising", "falling"):
-        return method.ratio
     rising = min(1.0, 2 * done)
-    return method.ratio * (rising if method.schedule == "rising" else 1 - rising)
+    share = {"constant": 1.0, "rising": rising, "falling": 1 - rising}[method.schedule]
+    return None if method.ratio is None else method.ratio * share
 
 
 def distillation(embeddings: Tensor, features: Tensor, temperature: float = 0.1) -> Tensor:
