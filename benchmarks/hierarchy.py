@@ -197,4 +197,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import hierarchy  # worker processes find its functions there, and not in __main__
+
+    hierarchy.main()

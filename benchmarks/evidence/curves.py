@@ -121,9 +121,7 @@ def write(folder: Path, images: Path) -> None:
     rows = [row for name in STUDIES.values() for row in study.read(name, folder)]
     if rows:
         print(table(paired_scores(rows)))
-        longest = {
-            name: max((length(row) for row in rows if row["dataset"] == name), default=0) for name in STUDIES
-        }
+        longest = pd.Series([length(row) for row in rows]).groupby([row["dataset"] for row in rows]).max()
         shown = [row for row in rows if length(row) == longest[row["dataset"]]]
         images.mkdir(parents=True, exist_ok=True)
         figure(paired_scores(shown)).savefig(images / "end-to-end.png", dpi=110)
