@@ -15,14 +15,12 @@ from torch import Tensor
 
 from . import functional, poincare
 from ._checks import MIN_TEMPERATURE, check_count, check_embeddings, check_labels, check_number
+from ._warnings import OptimizerWatch, RatioReports
 from .distances import PoincareDistance
-from .gradient_ratio import RatioReports, hold_gradient_ratio
+from .gradient_ratio import hold_gradient_ratio
 from .hierarchy import Hierarchy
 from .miners import ReciprocalNeighborMiner
-from .optimizer_watch import OptimizerWatch
 from .proxies import UnsizedParameter, is_unsized, proxies_from_data, random_proxies, set_size
-
-__all__ = ["HIERLoss"]
 
 _CHUNK_ROWS = 4096  # embeddings of a whole data set that are mapped to the ball at a time
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from . import poincare
 from .distances import PoincareDistance
 
-__all__ = ["UnsizedParameter", "is_unsized", "proxies_from_data", "random_proxies", "set_size"]
-
 
 class UnsizedParameter(torch.nn.UninitializedParameter):
     """A parameter without a size, which can be frozen before it has one."""
