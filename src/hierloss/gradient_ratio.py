@@ -24,7 +24,7 @@ def hold_gradient_ratio(
     on_ratio: Callable[[Tensor], None] | None = None,
     on_alone: Callable[[], None] | None = None,
 ) -> Tensor:
-    r"""Return the embeddings for one loss, whose gradient ``g`` is scaled relative to all other gradients.
+    r"""Return the embeddings, at least float32, for one loss; its gradient ``g`` is scaled relative to all others.
 
     .. math:: \nabla = h + \rho \frac{\|h\|}{\|g\|} g
 
@@ -39,9 +39,6 @@ def hold_gradient_ratio(
         on_ratio: called in each backward pass with ``|g| / |h|`` before scaling, a 0-dim tensor.
         on_alone: called in each backward pass in which no other loss uses the tensor, if there is a ratio.
 
-    Returns:
-        The same values, at least float32.
-
     Example:
         >>> embeddings = torch.tensor([[3.0, 4.0]], requires_grad=True)
         >>> held = hold_gradient_ratio(embeddings, ratio=0.5)
@@ -53,8 +50,8 @@ def hold_gradient_ratio(
     gradients of all losses at the output of a model; here the other losses keep their gradients.
     """
     dtype = poincare.result_dtype(embeddings)
-    nothing_to_do = ratio is None and on_ratio is None
-    if nothing_to_do or not (embeddings.requires_grad and torch.is_grad_enabled()):
+    wanted = ratio is not None or on_ratio is not None
+    if not (wanted and embeddings.requires_grad and torch.is_grad_enabled()):
         return embeddings.to(dtype)
     aside = _PutAside()
     # The hook must not keep the graph alive, nor stay on a leaf that is used in every step.
