@@ -61,9 +61,9 @@ def check_embeddings(name: str, embeddings: Tensor, width: int | None = None) ->
         raise ValueError(f"{name} must have {width} columns, the embedding_size of the proxies, got shape {shape}")
 
 
-def check_finite(name: str, embeddings: Tensor) -> None:
-    """Raise unless the embeddings are a finite floating point matrix."""
-    check_embeddings(name, embeddings)
+def check_finite(name: str, embeddings: Tensor, width: int | None = None) -> None:
+    """Raise unless `check_embeddings` passes and all values are finite."""
+    check_embeddings(name, embeddings, width)
     finite = embeddings.isfinite().all(1)
     if not finite.all():
         raise ValueError(f"{name} must be finite, got NaN or infinity in row {int(finite.int().argmin())}")

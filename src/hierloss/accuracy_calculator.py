@@ -13,8 +13,6 @@ from torch import Tensor
 from ._checks import to_numpy
 from .metrics import average_precisions
 
-__all__ = ["HierarchicalAccuracyCalculator"]
-
 
 class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[misc]
     """PML's `AccuracyCalculator` with scores of the superclasses, for any ``knn_func``.

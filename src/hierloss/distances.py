@@ -10,8 +10,6 @@ from torch import Tensor
 from . import poincare
 from ._checks import check_curvature, check_number
 
-__all__ = ["PoincareDistance"]
-
 
 class PoincareDistance(BaseDistance):  # type: ignore[misc]
     r"""Distance on the Poincaré ball of curvature ``-c``.

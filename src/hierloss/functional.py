@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._checks import MIN_TEMPERATURE, check_count, check_number
+from .poincare import working
 
 __all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_triplets"]
 
@@ -126,7 +127,7 @@ def mean_over_valid(losses: Tensor, valid: Tensor) -> Tensor:
 
 def euclidean_distances(features: Tensor) -> Tensor:
     """Distances of all pairs by matrix products, centred and in float64, so that only duplicates rank wrongly."""
-    features = features.detach().to(torch.float32 if features.device.type == "mps" else torch.float64)
+    features = working(features)
     features = features - features.mean(0)
     return torch.cdist(features, features, compute_mode="use_mm_for_euclid_dist")
 

@@ -6,7 +6,6 @@ of the other gradients, scales the stored gradient, and adds it. This needs no s
 around the losses, and no synchronization.
 """
 
-import warnings
 import weakref
 from collections.abc import Callable
 
@@ -17,8 +16,6 @@ from . import poincare
 
 __all__ = ["hold_gradient_ratio"]
 
-_LARGE_AFTER = 100  # consecutive backward passes with a gradient larger than all others, before a warning
-
 
 def hold_gradient_ratio(
     embeddings: Tensor,
@@ -27,7 +24,7 @@ def hold_gradient_ratio(
     on_ratio: Callable[[Tensor], None] | None = None,
     on_alone: Callable[[], None] | None = None,
 ) -> Tensor:
-    r"""Return the embeddings for one loss, whose gradient ``g`` is scaled relative to all other gradients.
+    r"""Return the embeddings, at least float32, for one loss; its gradient ``g`` is scaled relative to all others.
 
     .. math:: \nabla = h + \rho \frac{\|h\|}{\|g\|} g
 
@@ -42,9 +39,6 @@ def hold_gradient_ratio(
         on_ratio: called in each backward pass with ``|g| / |h|`` before scaling, a 0-dim tensor.
         on_alone: called in each backward pass in which no other loss uses the tensor, if there is a ratio.
 
-    Returns:
-        The same values, at least float32.
-
     Example:
         >>> embeddings = torch.tensor([[3.0, 4.0]], requires_grad=True)
         >>> held = hold_gradient_ratio(embeddings, ratio=0.5)
@@ -56,8 +50,8 @@ def hold_gradient_ratio(
     gradients of all losses at the output of a model; here the other losses keep their gradients.
     """
     dtype = poincare.result_dtype(embeddings)
-    nothing_to_do = ratio is None and on_ratio is None
-    if nothing_to_do or not (embeddings.requires_grad and torch.is_grad_enabled()):
+    wanted = ratio is not None or on_ratio is not None
+    if not (wanted and embeddings.requires_grad and torch.is_grad_enabled()):
         return embeddings.to(dtype)
     aside = _PutAside()
     # The hook must not keep the graph alive, nor stay on a leaf that is used in every step.
@@ -85,39 +79,6 @@ def hold_gradient_ratio(
     weakref.finalize(aside, handle.remove).atexit = False
     result: Tensor = _Identity.apply(embeddings, aside, dtype)
     return result
-
-
-class RatioReports:
-    """The warnings of a loss about its gradient ratio, each given once."""
-
-    def __init__(self) -> None:
-        self._told_alone = self._told_large = False
-        self._large_in_a_row = 0
-
-    def alone(self, ratio: float | None) -> None:
-        """No other loss used the same tensor."""
-        if not self._told_alone:
-            self._told_alone = True
-            warnings.warn(
-                f"gradient_ratio={ratio} had no effect: no other gradient reached the tensor of embeddings that "
-                "HIERLoss was called with. Give the same tensor to all losses, and call backward() once for their "
-                "sum: losses.MultipleLosses([base, hier])(embeddings, labels).backward(). Make copies such as "
-                "embeddings.float() once, before both losses; DistributedLossWrapper makes a copy for each loss. "
-                "If HIERLoss is your only loss, pass gradient_ratio=None",
-                stacklevel=6,  # the line that calls backward()
-            )
-
-    def large(self, ratio: float) -> None:
-        """The ratio of a backward pass in which nothing was scaled."""
-        self._large_in_a_row = self._large_in_a_row + 1 if ratio > 1 else 0
-        if self._large_in_a_row == _LARGE_AFTER and not self._told_large:
-            self._told_large = True
-            warnings.warn(
-                "the gradient of HIERLoss at the embeddings was larger than that of all other losses in "
-                f"{_LARGE_AFTER} backward passes in a row ({ratio:.2g} times, in the last one), which can stop "
-                "the base loss from learning; use HIERLoss(gradient_ratio=0.1), or a smaller weight",
-                stacklevel=7,  # the line that calls backward()
-            )
 
 
 class _PutAside:

@@ -22,8 +22,6 @@ from ._checks import check_count, check_finite, check_number, to_numpy, to_vecto
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["Hierarchy"]
-
 _MAX_LEAVES = 20_000  # the distances of all pairs of more, and a copy, would take over 3 GB
 _ROUNDING = 1e-6  # largest error of a cosine distance in float32
 

@@ -14,15 +14,13 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from . import functional, poincare
-from ._checks import MIN_TEMPERATURE, check_count, check_embeddings, check_labels, check_number
+from ._checks import MIN_TEMPERATURE, check_count, check_embeddings, check_finite, check_labels, check_number
+from ._warnings import OptimizerWatch, RatioReports
 from .distances import PoincareDistance
-from .gradient_ratio import RatioReports, hold_gradient_ratio
+from .gradient_ratio import hold_gradient_ratio
 from .hierarchy import Hierarchy
 from .miners import ReciprocalNeighborMiner
-from .optimizer_watch import OptimizerWatch
-from .proxies import UnsizedParameter, is_unsized, proxies_from_data, random_proxies, set_size
-
-__all__ = ["HIERLoss"]
+from .proxies import UnsizedParameter, proxies_from_data, random_proxies, set_size
 
 _CHUNK_ROWS = 4096  # embeddings of a whole data set that are mapped to the ball at a time
 
@@ -145,16 +143,16 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if embedding_size is not None:
             self._size_proxies(check_count("embedding_size", embedding_size))
         settings = ["num_proxies", "margin", "temperature", "gradient_ratio"]
-        statistics = ["sample_loss", "proxy_loss", "num_triplets", "fraction_active", "num_ancestors"]
-        self.add_to_recordable_attributes(list_of_names=settings, is_stat=False)
-        self.add_to_recordable_attributes(
-            list_of_names=[*statistics, "fraction_clipped", "unscaled_gradient_ratio"], is_stat=True
-        )
+        statistics = [*self._sub_loss_names(), "num_triplets", "fraction_active", "num_ancestors"]
+        statistics += ["fraction_clipped", "unscaled_gradient_ratio"]
+        self.add_to_recordable_attributes(list_of_names=settings)
+        self.add_to_recordable_attributes(list_of_names=statistics, is_stat=True)
 
     @property
     def embedding_size(self) -> int | None:
         """Width of the proxies, ``None`` before the first batch if it was not given."""
-        return None if is_unsized(self.proxies) else self.proxies.shape[1]
+        data = self.proxies.data  # a parameter moved to the meta device loses its class
+        return data.shape[1] if data.ndim == 2 else None
 
     def get_default_distance(self) -> PoincareDistance:
         return PoincareDistance()
@@ -344,13 +342,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             self._reports.large(self.unscaled_gradient_ratio)
 
     def proxy_distances(self, embeddings: Tensor) -> Tensor:
-        r"""Distances of embeddings from the proxies, :math:`d(x_i, \rho_p)`.
+        r"""Distances ``(N, P)`` of embeddings from the proxies, :math:`d(x_i, \rho_p)`, at least float32.
 
         Args:
             embeddings: shape ``(N, D)``, as they go into the loss.
-
-        Returns:
-            Distances of shape ``(N, P)``, at least float32.
 
         Example:
             >>> hier = HIERLoss(num_proxies=64, embedding_size=16)
@@ -377,11 +372,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     ) -> Hierarchy:
         """The tree of the embeddings, with the proxies of this loss as ancestors: `Hierarchy.from_embeddings`.
 
-        Args:
-            embeddings: shape ``(N, D)``, as they go into the loss; also of samples not trained on.
-            labels: shape ``(N,)``; kept with the leaves.
-            per_class: one leaf for each class instead of each embedding; needs labels.
-            linkage: ``"average"``, ``"complete"`` or ``"ward"``, of the embeddings by cosine similarity.
+        The arguments are described there. Embeddings are as they go into the loss, also of samples not trained on.
 
         Example:
             >>> hier = HIERLoss(num_proxies=64, embedding_size=16)
@@ -410,7 +401,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             >>> hier = HIERLoss(num_proxies=64)
             >>> hier.init_proxies(torch.randn(1000, 16))
         """
-        check_embeddings("embeddings", embeddings, self.embedding_size)
+        check_finite("embeddings", embeddings, self.embedding_size)
         values = proxies_from_data(self.num_proxies, embeddings, self.distance)
         if self.embedding_size is None:
             self._size_proxies(embeddings.shape[1], embeddings)
@@ -419,9 +410,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     def _size_proxies(self, embedding_size: int, like: Tensor | None = None) -> None:
         """Initialize the proxies at random, on the device of ``like`` and in its dtype if that is float64."""
-        device = self.proxies.data.device if like is None else like.device
-        dtype = torch.float64 if like is not None and like.dtype == torch.float64 else self.proxies.data.dtype
-        set_size(self.proxies, random_proxies(self.num_proxies, embedding_size, self.distance, device), dtype)
+        like = self.proxies.data if like is None else like
+        values = random_proxies(self.num_proxies, embedding_size, self.distance, like.device)
+        set_size(self.proxies, values, like.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.embedding_size is None:  # a tensor without columns marks proxies without a size
@@ -445,8 +436,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             if shape[1] == 0:
                 return
             if own is None:
-                dtype = torch.float64 if saved.dtype == torch.float64 else self.proxies.data.dtype
-                set_size(self.proxies, saved.to(self.proxies.data.device), dtype)
+                set_size(self.proxies, saved.to(self.proxies.data.device), saved.dtype)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         self._watch.restart()
 

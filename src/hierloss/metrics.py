@@ -20,12 +20,7 @@ import numpy as np
 from ._checks import check_count, check_number, to_numpy, to_vector
 from .hierarchy import Hierarchy
 
-__all__ = [
-    "ami_per_level",
-    "dendrogram_purity",
-    "hierarchical_average_precision",
-    "hierarchical_recall_at_k",
-]
+__all__ = ["ami_per_level", "dendrogram_purity", "hierarchical_average_precision", "hierarchical_recall_at_k"]
 
 _CHUNK_CELLS = 2**22  # of a matrix that are processed at a time: 32 MB in float64
 

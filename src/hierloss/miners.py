@@ -9,8 +9,6 @@ from . import functional
 from ._checks import check_count
 from .distances import PoincareDistance
 
-__all__ = ["ReciprocalNeighborMiner"]
-
 
 class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
     r"""Triplets whose anchor and positive are among each other's nearest neighbours; HIER's miner.

@@ -7,8 +7,6 @@ from torch import Tensor
 from . import poincare
 from ._checks import check_curvature, check_number
 
-__all__ = ["FromPoincare", "ToPoincare"]
-
 
 class ToPoincare(torch.nn.Module):
     r"""Clipped exponential map at the origin, `poincare.exp_map0`, as the last layer of a network.

@@ -9,8 +9,6 @@ from torch import Tensor
 from . import poincare
 from .distances import PoincareDistance
 
-__all__ = ["UnsizedParameter", "is_unsized", "proxies_from_data", "random_proxies", "set_size"]
-
 
 class UnsizedParameter(torch.nn.UninitializedParameter):
     """A parameter without a size, which can be frozen before it has one."""
@@ -20,15 +18,11 @@ class UnsizedParameter(torch.nn.UninitializedParameter):
         return self
 
 
-def is_unsized(parameter: Tensor) -> bool:
-    """Whether the parameter has no size yet."""
-    return parameter.data.ndim != 2  # a parameter moved to the meta device loses its class
-
-
 def set_size(parameter: Any, values: Tensor, dtype: torch.dtype) -> None:
     """Give the parameter its size and values in one step, so that an error leaves it unchanged."""
     if "meta" in (values.device.type, parameter.data.device.type):
         raise RuntimeError("embedding_size must be given to a HIERLoss on the meta device, got None")
+    dtype = dtype if dtype == torch.float64 else parameter.data.dtype  # no other dtype changes the parameter's
     # The first batch may come in inference mode: a sanity check before training, for instance.
     with torch.inference_mode(False), torch.no_grad():
         data = values.to(dtype, copy=True)
@@ -46,8 +40,6 @@ def random_proxies(count: int, size: int, distance: PoincareDistance, device: to
 
 def proxies_from_data(count: int, embeddings: Tensor, distance: PoincareDistance) -> Tensor:
     """Clipped embeddings, drawn without replacement as long as there are enough, times factors of U(0, 1)."""
-    if not bool(torch.isfinite(embeddings).all()):
-        raise ValueError("embeddings must be finite, got NaN or infinity")
     v = embeddings if distance.normalize_embeddings else poincare.log_map0(embeddings, distance.c)
     rounds = -(-count // len(v))
     chosen = torch.cat([torch.randperm(len(v), device=v.device) for _ in range(rounds)])[:count]

@@ -19,8 +19,6 @@ from . import poincare
 from ._checks import check_count, check_finite
 from .distances import PoincareDistance
 
-__all__ = ["PoincareKNN"]
-
 Found = tuple[Tensor, Tensor, Tensor]
 """Distances ``(N, k)``, indices ``(N, k)``, and for which queries these are proved correct ``(N,)``."""
 

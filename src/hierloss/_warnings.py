@@ -1,13 +1,12 @@
-"""A warning for users who forget to give the proxies of a loss to the optimizer."""
+"""What HIERLoss warns of: proxies that no optimizer has, and a gradient ratio without effect or too large."""
 
 import warnings
 
 import torch
 from torch import Tensor
 
-__all__ = ["OptimizerWatch"]
-
 _FORGOTTEN_AFTER = 100  # updates of the model without an update of the proxies, before the warning is given
+_LARGE_AFTER = 100  # consecutive backward passes with a gradient larger than all others, before a warning
 
 
 class OptimizerWatch:
@@ -58,3 +57,36 @@ def _first_version(embeddings: Tensor) -> int | None:
     while node is not None and not hasattr(node, "variable"):  # only gradient accumulators have one
         node = next((above for above, _ in node.next_functions if above is not None), None)
     return None if node is None else node.variable._version
+
+
+class RatioReports:
+    """The warnings of a loss about its gradient ratio, each given once."""
+
+    def __init__(self) -> None:
+        self._told_alone = self._told_large = False
+        self._large_in_a_row = 0
+
+    def alone(self, ratio: float | None) -> None:
+        """No other loss used the same tensor."""
+        if not self._told_alone:
+            self._told_alone = True
+            warnings.warn(
+                f"gradient_ratio={ratio} had no effect: no other gradient reached the tensor of embeddings that "
+                "HIERLoss was called with. Give the same tensor to all losses, and call backward() once for their "
+                "sum: losses.MultipleLosses([base, hier])(embeddings, labels).backward(). Make copies such as "
+                "embeddings.float() once, before both losses; DistributedLossWrapper makes a copy for each loss. "
+                "If HIERLoss is your only loss, pass gradient_ratio=None",
+                stacklevel=6,  # the line that calls backward()
+            )
+
+    def large(self, ratio: float) -> None:
+        """The ratio of a backward pass in which nothing was scaled."""
+        self._large_in_a_row = self._large_in_a_row + 1 if ratio > 1 else 0
+        if self._large_in_a_row == _LARGE_AFTER and not self._told_large:
+            self._told_large = True
+            warnings.warn(
+                "the gradient of HIERLoss at the embeddings was larger than that of all other losses in "
+                f"{_LARGE_AFTER} backward passes in a row ({ratio:.2g} times, in the last one), which can stop "
+                "the base loss from learning; use HIERLoss(gradient_ratio=0.1), or a smaller weight",
+                stacklevel=7,  # the line that calls backward()
+            )
