@@ -92,6 +92,6 @@ def test_omniglot():
 
 def test_digits():
     """The same in small, always at hand."""
-    alone, held, lambda_1 = compare(digits(), range(2), steps=60, lr=1e-2)
+    alone, held, lambda_1 = compare(digits(), range(6), steps=60, lr=1e-2)  # seeds differ by 0.7 points
     assert held > alone - 1
     assert lambda_1 < alone - 1
