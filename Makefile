@@ -42,7 +42,8 @@ soak: $(VENV)/dev.stamp ## Train 20,000 steps in each precision, and print what 
 	$(BIN)/python tests/soak.py
 
 fuzz: $(VENV)/dev.stamp ## Fuzz with a million random cases, for an hour or so
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py
+	OMP_NUM_THREADS=1 FUZZ_CASES=53000 $(BIN)/python -m pytest tests/test_fuzz.py -m slow --verbose \
+		--numprocesses 2 --hypothesis-show-statistics
 
 mutation: $(VENV)/dev.stamp ## Break the code in two thousand ways, and list what no test notices
 	$(INSTALL) mutmut
