@@ -15,8 +15,6 @@ from . import study
 from .report import CELL, IMAGES, Row, differences, gains, markdown, scores
 from .training import SCORES
 
-__all__ = ["METHODS", "make_parser", "perform", "table", "write"]
-
 STUDIES = {"clinc150": "text", "cub": "images"}
 UNITS = {"clinc150": "steps", "cub": "epochs"}  # what the points of a curve count
 METHODS = {"none": None, "ratio 0.1": 0.1, "ratio 0.3": 0.3, "ratio 0.1, frozen": 0.1}

@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["TABLES", "Part", "Split", "load", "split"]
-
 # File, array of the features, and arrays of the labels from fine to coarse.
 TABLES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "cub": ("cub200_2010_features.npz", "features", ("label", "family")),

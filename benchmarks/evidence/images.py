@@ -18,8 +18,6 @@ from typing import Any
 
 from . import curves
 
-__all__ = ["LOSSES", "METHODS", "command", "curve"]
-
 TRAIN = Path(__file__).parents[2] / "examples" / "retrieval_benchmarks" / "train.py"
 LOSSES = {"ProxyAnchor": "proxy_anchor", "MultiSimilarity": "multi_similarity"}
 METHODS = {

@@ -15,8 +15,6 @@ from .training import METHODS, SCORES
 
 matplotlib.use("Agg")
 
-__all__ = ["IMAGES", "choose", "differences", "gains", "interval", "scores", "write"]
-
 IMAGES = Path(__file__).parents[2] / "docs" / "images" / "evidence"
 SHOWN = {
     "ratio 0.1": "#332288",

@@ -15,8 +15,6 @@ from tqdm import tqdm
 
 from . import data, training
 
-__all__ = ["FOLDER", "SEEDS", "best_lengths", "perform", "read", "runs"]
-
 FOLDER = Path(__file__).parents[1] / "results" / "evidence"
 SEEDS = {"length": range(100, 103), "validate": range(100, 103), "test": range(10)}
 SOME_SEEDS = {name: 3 for name, method in training.METHODS.items() if method.num_proxies > 64}

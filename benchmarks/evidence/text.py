@@ -27,8 +27,6 @@ from . import curves
 from .data import Part
 from .training import make_batches, scores
 
-__all__ = ["CHECKPOINTS", "LOSSES", "Texts", "embed", "load", "run", "split"]
-
 LR, PROXY_LR = 2e-5, 1e-2
 """AdamW's learning rates of the encoder, and of class proxies and hierarchical proxies."""
 CHECKPOINTS = (0, 20, 40, 80, 160, 320)

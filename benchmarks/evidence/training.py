@@ -15,8 +15,6 @@ from hierloss.metrics import hierarchical_average_precision
 
 from .data import Part, Split
 
-__all__ = ["CHECKPOINTS", "LOSSES", "METHODS", "MOST_STEPS", "SCORES", "Method", "run", "train"]
-
 EMBEDDING_SIZE = 128
 CLASSES_PER_BATCH, SAMPLES_PER_CLASS = 18, 5
 LR, PROXY_LR = 1e-3, 1e-2
