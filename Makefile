@@ -3,8 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# The blocks of a Markdown file share names, so that a file stays in one process.
-PARALLEL := --numprocesses 2 --dist loadfile
+# The blocks of a Markdown file share names, so that a file stays in one process. Slow tests often wait for others.
+PARALLEL := --dist loadfile --numprocesses
 
 .PHONY: help quickstart test test-slow test-benchmarks test-lowest soak fuzz mutation format docs build clean
 
@@ -18,10 +18,10 @@ test: $(VENV)/dev.stamp ## Check style and types, run the quick tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PARALLEL) --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PARALLEL) 2 --durations 10
 
 test-slow: $(VENV)/dev.stamp ## Run the other tests: processes, browser, wheel, site, examples, soak, fuzzing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PARALLEL) --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PARALLEL) 3 --durations 20
 
 test-benchmarks: ## Test the retrieval benchmarks, in an environment of their own
 	$(MAKE) VENV=.venv-benchmarks .venv-benchmarks/benchmarks.stamp
