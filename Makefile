@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-# The blocks of a Markdown file share names, so that a file stays in one process. Slow tests often wait for others.
+# The blocks of a Markdown file share names, so that a file stays in one process. Slow tests often wait for processes.
 PARALLEL := --dist loadfile --numprocesses
 
 .PHONY: help quickstart test test-slow test-benchmarks test-lowest soak fuzz mutation format docs build clean

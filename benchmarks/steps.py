@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from benchmarks.speed import Step, side_by_side, summary
 from hierloss import HIERLoss
 
-BATCH_AND_IMAGE_SIZE = {"cpu": (90, 128), "cuda": (180, 224)}
 TOKENS, FEATURES = 12, 1280
 WITHOUT, HEAD = "no HIER", "linear head"
 NUM_PROXIES = (64, 512)  # what docs/choosing.md recommends for a CPU, and the paper's
@@ -90,6 +89,7 @@ def make_step(network: nn.Module, batch: Tensor, labels: Tensor, loss_func: nn.M
 def compare(device: str, repeats: int) -> list[dict[str, Any]]:
     """Rows of all networks."""
     rows = []
-    for name, (network, batch) in networks(*BATCH_AND_IMAGE_SIZE[device]).items():
+    batch_size, image_size = (180, 224) if device == "cuda" else (90, 128)
+    for name, (network, batch) in networks(batch_size, image_size).items():
         rows += added(name, network.to(device), batch.to(device), repeats)
     return rows
