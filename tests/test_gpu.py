@@ -74,19 +74,30 @@ def test_the_ratio_of_gradients(batch):
     assert float((embeddings.grad - others).norm() / others.norm()) == pytest.approx(0.3, rel=1e-3)
 
 
-def test_compiled(batch):
-    """The ratio holds, and each call draws anew."""
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(batch, mode):
+    """The ratio holds, each call draws anew, and gradients of the proxies accumulate."""
     embeddings, labels = batch
     (others,) = torch.autograd.grad(embeddings.square().mean(), embeddings)
     loss_func = HIERLoss(P, D, gradient_ratio=0.3).cuda()
-    eager = torch.stack([loss_func(embeddings, labels).detach() for _ in range(20)])
-    loss_func.compile()
-    losses = [total(loss_func, embeddings, labels) for _ in range(20)]
-    losses[0].backward()
-    assert float((embeddings.grad - others).norm() / others.norm()) == pytest.approx(0.3, rel=1e-3)
-    values = torch.stack(losses).detach() - embeddings.detach().square().mean()
-    assert len(values.unique()) > 10
-    assert (values.mean() - eager.mean()).abs() < 4 * ((values.var() + eager.var()) / 20).sqrt()
+
+    def steps():
+        losses = []
+        loss_func.proxies.grad = None
+        for _ in range(20):
+            embeddings.grad = None
+            losses.append(total(loss_func, embeddings, labels))
+            losses[-1].backward()
+            assert float((embeddings.grad - others).norm() / others.norm()) == pytest.approx(0.3, rel=1e-3)
+        return torch.stack(losses).detach(), loss_func.proxies.grad.clone()
+
+    eager, eager_gradient = steps()
+    loss_func.compile(mode=mode)
+    compiled, gradient = steps()
+    assert len(compiled.unique()) > 10
+    assert (compiled.mean() - eager.mean()).abs() < 4 * ((compiled.var() + eager.var()) / 20).sqrt()
+    assert torch.cosine_similarity(gradient.flatten(), eager_gradient.flatten(), 0) > 0.99
+    assert float(gradient.norm() / eager_gradient.norm()) == pytest.approx(1, abs=0.05)
 
 
 def test_mean_over_draws_is_that_of_the_cpu(batch):

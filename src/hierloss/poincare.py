@@ -251,7 +251,8 @@ class _PairwiseDistance(torch.autograd.Function):
             ratio = _squared_euclidean(rows, y, scale).sqrt_().mul_(_lorentz_factor(rows)).mul_(factor).to(dtype)
             # arsinh, in a fast form without cancellation near 0
             root = ratio.square().add_(1).sqrt_().add_(1)
-            chunks.append(ratio.addcmul_(ratio, ratio / root).log1p_().mul_(diameter))
+            # Not mul_: compiled by torch 2.11, a result that was changed in place has no gradient.
+            chunks.append(ratio.addcmul_(ratio, ratio / root).log1p_() * diameter)
         return torch.cat(chunks, -2) if len(chunks) > 1 else chunks[0]
 
     @staticmethod
