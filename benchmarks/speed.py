@@ -22,6 +22,9 @@ from hierloss import HIERLoss, ReciprocalNeighborMiner
 
 Step = Callable[[], Tensor]
 
+WARM_UP = {"cpu": 1, "cuda": 3}
+"""Steps that are not timed. The first ones of a compiled loss record its CUDA graphs."""
+
 
 def make_step(
     form: str, device: str, batch: int, dim: int, proxies: int, triplets: int, proxy_batch: int | None = None
@@ -36,6 +39,7 @@ def make_step(
         loss_func.compile(mode="reduce-overhead")
 
     def run() -> Tensor:
+        embeddings.grad = loss_func.proxies.grad = None
         if form != "plain":
             loss: Tensor = loss_func(embeddings, labels)
         else:
@@ -63,7 +67,7 @@ def wait(device: str) -> None:
 def side_by_side(steps: dict[str, Step], device: str, repeats: int) -> dict[str, list[float]]:
     """Times of several steps, run in turns so that whatever else the machine does meets all of them."""
     for step in steps.values():
-        for _ in range(3 if device == "cuda" else 1):  # compiled steps record CUDA graphs at first
+        for _ in range(WARM_UP[device]):
             step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
@@ -94,13 +98,14 @@ def peak_memory(**settings: Any) -> float:
 
 
 def _measure_memory(sender: Any, settings: dict[str, Any]) -> None:
-    small = settings | {"batch": 24, "proxies": 24, "triplets": 2}
+    small = settings | {"form": "hierloss", "batch": 24, "proxies": 24, "triplets": 2}
     make_step(**small)()  # what loading code takes is not the step's
     step = make_step(**settings)
     if settings["device"] == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
+        for _ in range(WARM_UP["cuda"]):
+            step()
         sender.send((torch.cuda.max_memory_allocated() - before) / 2**20)
     else:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew from here
