@@ -8,8 +8,8 @@ import torch
 from hierloss import HIERLoss, functional, poincare
 
 pytestmark = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
-    reason="compiles with torch 2.11; 2.3 and 2.5 cannot trace its autograd functions, others were not tried",
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
+    reason="torch 2.3 and 2.5 cannot trace its autograd functions; compiled by 2.6, some values differ",
 )
 
 
