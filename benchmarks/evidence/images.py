@@ -44,7 +44,7 @@ def curve(log: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = curves.make_parser("images", __doc__, 12, "folder of the images")
+    parser = curves.make_parser("images", __doc__, 30, "folder of the images")
     parser.add_argument("--output", type=Path, help="folder for logs and checkpoints")
     args = parser.parse_args()
     if args.data and not args.output:
