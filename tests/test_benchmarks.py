@@ -116,7 +116,7 @@ def test_distances_are_as_exact_as_documented():
 
 @pytest.mark.slow
 def test_command_writes_json_and_plot(tmp_path):
-    command = [sys.executable, "-m", "benchmarks", "distances", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks", "distances", "--repeats", "1", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "Largest relative error" in done.stdout
     content = json.loads((tmp_path / "distances.json").read_text())
