@@ -95,3 +95,8 @@ def test_inductor():
 
     compiled = torch.compile(mean, fullgraph=True)
     torch.testing.assert_close(values_and_gradients(compiled, distances), values_and_gradients(mean, distances))
+
+
+def test_the_size_must_be_known():
+    with pytest.raises(RuntimeError, match="cannot be compiled before its first batch; give embedding_size"):
+        HIERLoss().compile()

@@ -414,6 +414,20 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         values = random_proxies(self.num_proxies, embedding_size, self.distance, like.device)
         set_size(self.proxies, values, like.dtype)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.nn.Module.compile`, for a GPU: with ``mode="reduce-overhead"``, CUDA graphs are used.
+
+        Raises:
+            RuntimeError: the proxies have no size yet.
+
+        Example:
+            >>> hier = HIERLoss(embedding_size=16)
+            >>> hier.compile(mode="reduce-overhead")
+        """
+        if self.embedding_size is None:
+            raise RuntimeError("HIERLoss cannot be compiled before its first batch; give embedding_size")
+        super().compile(*args, **kwargs)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.embedding_size is None:  # a tensor without columns marks proxies without a size
             destination[prefix + "proxies"] = torch.empty(self.num_proxies, 0)
