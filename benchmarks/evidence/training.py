@@ -51,22 +51,26 @@ class Method:
     proxy_batch_size: int | None = None
 
 
-FROZEN = Method(ratio=0.3, frozen=True)
+OWN = Method(ratio=0.3)
+FROZEN = replace(OWN, frozen=True)
+NEIGHBORS = {"": OWN, ", frozen": FROZEN}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "10 triplets": {"triplets_per_anchor": 10},
+    "200 triplets": {"triplets_per_anchor": 200},
+    "512 proxies": {"num_proxies": 512},
+    "512 proxies, 64 a step": {"num_proxies": 512, "proxy_batch_size": 64},
+}
 METHODS: dict[str, Method] = {
     "none": Method(hier=False),
     "lambda 1": Method(),
-    **{f"ratio {ratio}": Method(ratio=ratio) for ratio in (0.1, 0.3, 1.0)},
-    **{f"ratio {ratio}, frozen": replace(FROZEN, ratio=ratio) for ratio in (0.1, 0.3, 1.0)},
+    **{f"ratio {r}{name}": replace(own, ratio=r) for name, own in NEIGHBORS.items() for r in (0.1, 0.3, 1.0)},
     **{f"distillation {ratio}": Method(hier=False, distill=True, ratio=ratio) for ratio in (0.3, 1.0)},
     **{f"ratio 0.3, frozen, {name}": replace(FROZEN, schedule=name) for name in ("rising", "falling")},
-    "lambda 1, 10 triplets": Method(triplets_per_anchor=10),
-    **{f"ratio {ratio}, 10 triplets": Method(ratio=ratio, triplets_per_anchor=10) for ratio in (0.1, 0.3, 1.0)},
-    "ratio 0.3, frozen, 10 triplets": replace(FROZEN, triplets_per_anchor=10),
-    "ratio 0.3, 200 triplets": Method(ratio=0.3, triplets_per_anchor=200),
-    "ratio 0.3, frozen, 200 triplets": replace(FROZEN, triplets_per_anchor=200),
-    "ratio 0.3, 512 proxies": Method(ratio=0.3, num_proxies=512),
-    "ratio 0.3, frozen, 512 proxies": replace(FROZEN, num_proxies=512),
-    "ratio 0.3, 512 proxies, 64 a step": Method(ratio=0.3, num_proxies=512, proxy_batch_size=64),
+    **{
+        f"ratio 0.3{name}, {title}": replace(own, **changes)
+        for name, own in NEIGHBORS.items()
+        for title, changes in ABLATIONS.items()
+    },
 }
 
 
