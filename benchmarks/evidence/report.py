@@ -18,11 +18,12 @@ matplotlib.use("Agg")
 IMAGES = Path(__file__).parents[2] / "docs" / "images" / "evidence"
 SHOWN = {
     "ratio 0.1": "#332288",
+    "ratio 0.1, frozen": "#88CCEE",
     "ratio 0.3": "#CC6677",
     "ratio 0.3, frozen": "#117733",
     "distillation 0.3": "#DDAA33",
 }
-"""Methods in the picture, and their colours."""
+"""Methods in the picture, with their colours, and in the table of alternatives."""
 CELL = ["dataset", "loss"]
 Row = dict[str, Any]
 Points = dict[Any, Callable[[Row], Any]]
@@ -109,8 +110,9 @@ def table(gained: pd.DataFrame) -> str:
 def without_training_longer(rows: list[Row], lengths: dict[tuple[str, str], int]) -> str:
     """What a user can do without HIER: the frozen features' head as it is, and early stopping on validation.
 
-    Means over the runs that all of the methods have.
+    Means over the runs that all methods of the picture have.
     """
+    rows = [row for row in rows if row["method"] in {"none", *SHOWN}]
     options = {
         "not trained": lambda row: row["curve"]["0"] if row["method"] == "none" else None,
         "stopped early": lambda row: max(row["curve"].values(), key=lambda found: found["validation"]["MAP@R"]),
@@ -148,7 +150,8 @@ def figure(rows: list[Row], lengths: dict[tuple[str, str], int]) -> Figure:
         line[0].set_ylabel(f"{dataset}\npoints", fontsize=9)
     for ax, score in zip(axes[0], SCORES, strict=True):
         ax.set_title(score, fontsize=10)
-    axes[0, 0].legend(fontsize=7, frameon=False)
+    lines, names = axes[0, 0].get_legend_handles_labels()
+    picture.legend(lines, names, fontsize=8, frameon=False, loc="outside upper center", ncols=len(SHOWN))
     picture.supxlabel("length of training, relative to the best one of the base loss alone", fontsize=9)
     return picture
 

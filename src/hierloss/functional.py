@@ -162,7 +162,7 @@ def hierarchical_triplet_loss(
     forward pass uses the drawn proxy, the backward pass the soft probabilities of the same noise. Where two
     distances tie for the maximum, the gradient goes to the earlier of i, j, k.
 
-    Memory is ``O(T + NP)``: triplets are processed in chunks, and the backward pass recomputes the rest.
+    Memory is ``O(T + NP)`` and a chunk of triplets, which is large on a GPU. Backward recomputes the rest.
     Without ``noise``, ancestors are drawn by inverting the cumulative distribution, and the backward pass draws
     Gumbel noise conditionally on the chosen ancestor: the same joint distribution, with one random number per draw
     in the forward pass.

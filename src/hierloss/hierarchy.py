@@ -28,7 +28,7 @@ _ROUNDING = 1e-6  # largest error of a cosine distance in float32
 
 @dataclass(frozen=True, eq=False)
 class Hierarchy:
-    r"""A tree over samples or classes, whose inner nodes have proxies as ancestors.
+    r"""A tree over samples or classes. Each node has a proxy, its ancestor.
 
     ``HIERLoss.hierarchy``, `from_embeddings` and `from_linkage` build trees. Arrays are read-only.
 
@@ -279,8 +279,8 @@ class Hierarchy:
     def place(self, distances: Any) -> np.ndarray:
         """The nodes to which ``M`` new samples belong, shape ``(M,)``.
 
-        Each is the nearest leaf, or the lowest node above it, whose height is at least the distance from that
-        leaf, up to rounding in float32. If there is none, it is the root.
+        From the nearest leaf, go up to the first node whose height is at least the distance from that leaf, up to
+        rounding in float32, or to the root.
 
         Args:
             distances: of the new samples from the leaves, shape ``(M, num_leaves)``, in the unit of the heights:

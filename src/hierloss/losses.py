@@ -56,7 +56,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         num_proxies: number of hierarchical proxies ``P``, 512 in the paper. Use fewer on a CPU or for few classes,
             for instance 64.
         embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. An optimizer built
-            before that batch still trains the proxies. Give it where the size of parameters is needed earlier:
+            before that batch still trains the proxies. Give it if the size of parameters is needed earlier:
             ``numel()``, ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``.
         margin: ``m``, a hyperbolic distance.
         temperature: :math:`\tau` of the distribution of ancestors, a hyperbolic distance.
@@ -69,7 +69,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         gradient_ratio: norm of HIER's gradient at the embeddings, relative to the norm of all other gradients that
             reach the same embeddings in the same backward pass; see `hierloss.gradient_ratio`. Weights of
             `MultipleLosses` then change the gradient of the proxies only. ``None``: no scaling, and the weight is
-            the paper's :math:`\lambda`; ``torch.compile(fullgraph=True)`` needs it.
+            the paper's :math:`\lambda`. ``torch.compile(fullgraph=True)`` needs ``None``.
         **kwargs: PML's options: ``distance`` (a `PoincareDistance`, which holds the curvature), ``reducer``,
             ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
@@ -395,7 +395,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         orthogonal to the data. Call it once, after the first epoch. An existing optimizer stays valid.
 
         Args:
-            embeddings: shape ``(N, D)``, as they go into the loss, of some thousand training samples.
+            embeddings: shape ``(N, D)``, as they go into the loss, of a few thousand training samples.
 
         Example:
             >>> hier = HIERLoss(num_proxies=64)

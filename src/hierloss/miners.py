@@ -13,8 +13,8 @@ from .distances import PoincareDistance
 class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
     r"""Triplets whose anchor and positive are among each other's nearest neighbours; HIER's miner.
 
-    Two points are neighbours if they are similar or have equal labels: `functional.reciprocal_triplets` has the
-    definition. Positives and negatives may be of any class. Called like any PML miner, ``miner(embeddings,
+    Neighbours are the most similar points, those with an equal label first; `functional.reciprocal_triplets` has
+    the definition. Positives and negatives may be of any class. Called like any PML miner, ``miner(embeddings,
     labels)``, it returns ``(anchors, positives, negatives)``. Random numbers come from torch's default generator.
 
     Args:
