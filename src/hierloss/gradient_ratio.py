@@ -26,16 +26,16 @@ def hold_gradient_ratio(
 ) -> Tensor:
     r"""Return the embeddings, at least float32, for one loss; its gradient ``g`` is scaled relative to all others.
 
-    .. math:: \nabla = h + \rho \frac{\|h\|}{\|g\|} g
+    .. math:: \nabla = h + r \frac{\|h\|}{\|g\|} g
 
-    ``h`` is the sum of all other gradients at the same tensor in the same backward pass, ``rho`` the ratio; norms
+    ``h`` is the sum of all other gradients at the same tensor in the same backward pass, ``r`` the ratio; norms
     are Frobenius norms over the batch. A common factor of all losses, of a gradient scaler for instance, does not
     change the ratio. Non-finite values are kept. If ``h`` or ``g`` is zero, the result is ``h``. If no
     other loss uses the tensor in a backward pass, the result is ``g``.
 
     Args:
         embeddings: shape ``(N, D)``, the same tensor that the other losses use.
-        ratio: ``rho``; ``None`` does not scale.
+        ratio: ``r``; ``None`` does not scale.
         on_ratio: called in each backward pass with ``|g| / |h|`` before scaling, a 0-dim tensor.
         on_alone: called in each backward pass in which no other loss uses the tensor, if there is a ratio.
 
