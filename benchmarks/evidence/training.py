@@ -58,7 +58,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "10 triplets": {"triplets_per_anchor": 10},
     "200 triplets": {"triplets_per_anchor": 200},
     "512 proxies": {"num_proxies": 512},
-    "512 proxies, 64 a step": {"num_proxies": 512, "proxy_batch_size": 64},
 }
 METHODS: dict[str, Method] = {
     "none": Method(hier=False),
@@ -71,6 +70,7 @@ METHODS: dict[str, Method] = {
         for name, own in NEIGHBORS.items()
         for title, changes in ABLATIONS.items()
     },
+    "ratio 0.3, 512 proxies, 64 a step": replace(OWN, num_proxies=512, proxy_batch_size=64),
 }
 
 
