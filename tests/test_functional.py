@@ -223,15 +223,47 @@ def test_any_scale_of_distances_gives_finite_results(scale):
 
 def test_the_first_arrival_is_at_a_finite_time(monkeypatch):
     """A uniform number may be 0; without the smallest one in its place, no proxy would ever arrive."""
-    monkeypatch.setattr(functional, "_uniform", torch.zeros_like)
-    distances = distance_matrix(points(6), points(8, seed=1)).requires_grad_()
-    losses, _ = functional.hierarchical_triplet_loss(distances, torch.tensor(random_triplets(6, 50)).T, margin=9.0)
-    # With zeros every draw is the last proxy of positive weight, so give the two draws different ones.
-    triplets, ancestors = torch.tensor([[0], [1], [2]]), torch.tensor([[3], [5]])
-    grad = torch.zeros_like(distances)
-    functional._add_soft_gradient(grad, distances.detach() * -10, triplets, ancestors, torch.ones(3, 1), None)
-    assert losses.isfinite().all()
-    assert grad.isfinite().all()
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
+    weights, ancestors = torch.rand(50, 8) + 0.1, torch.arange(50) % 8
+    table = functional._delay_table(weights)
+    soft = functional._soft_choice(weights, ancestors, table)
+    assert soft.isfinite().all()
+    assert torch.equal(soft.argmax(1), ancestors)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_exponentials_in_place_of_logits_change_nothing_but_rounding(temperature, monkeypatch):
+    """On a CPU, softmaxes are replaced by exponentials of all distances, as long as these fit float32."""
+    distances = distance_matrix(points(9), points(7, seed=1)).float().requires_grad_()
+    triplets = torch.tensor(random_triplets(9, 200)).T
+
+    def run():
+        torch.manual_seed(0)
+        losses, ancestors = functional.hierarchical_triplet_loss(distances, triplets, temperature=temperature)
+        return ancestors, torch.autograd.grad(losses.sum(), distances)[0]
+
+    fast = run()
+    monkeypatch.setattr(functional, "_WEIGHTS_SPAN", 0)
+    for a, b in zip(fast, run(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_exponentials_do_not_underflow():
+    """Each point is near another proxy; the ancestor is drawn among weights of e^-148 and e^-149."""
+    distances = torch.tensor([[0.0, 14.9, 14.8], [14.9, 0.0, 14.8], [0.0, 0.0, 0.0]])
+    triplets = torch.arange(3).unsqueeze(1).expand(3, 10_000)
+    first = functional.hierarchical_triplet_loss(distances, triplets, temperature=0.1).ancestors[0]
+    shares = torch.softmax(torch.tensor([-149.0, -149.0, -148.0], dtype=torch.float64), 0)
+    assert stats.chisquare(first.bincount().numpy(), 10_000 * shares.numpy()).pvalue > 1e-3
+
+
+def test_the_shared_table_of_noise():
+    """Its rows are exponential, and their values independent."""
+    torch.manual_seed(0)
+    table = -functional._delay_table(torch.zeros(3, 50))
+    assert stats.kstest(table[::50].flatten().numpy(), "expon").pvalue > 1e-3
+    correlation = torch.corrcoef(table[::50, :9].T)[~torch.eye(9, dtype=torch.bool)]
+    assert float(correlation.abs().max()) < 4.5 / len(table[::50]) ** 0.5
 
 
 def test_memory_layout_does_not_matter():

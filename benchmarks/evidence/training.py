@@ -64,13 +64,18 @@ METHODS: dict[str, Method] = {
     "lambda 1": Method(),
     **{f"ratio {r}{name}": replace(own, ratio=r) for name, own in NEIGHBORS.items() for r in (0.1, 0.3, 1.0)},
     **{f"distillation {ratio}": Method(hier=False, distill=True, ratio=ratio) for ratio in (0.3, 1.0)},
-    **{f"ratio 0.3, frozen, {name}": replace(FROZEN, schedule=name) for name in ("rising", "falling")},
+    **{
+        f"ratio {ratio}, frozen, {name}": replace(FROZEN, ratio=ratio, schedule=name)
+        for ratio in (0.3, 1.0)
+        for name in ("rising", "falling")
+    },
     **{
         f"ratio 0.3{name}, {title}": replace(own, **changes)
         for name, own in NEIGHBORS.items()
         for title, changes in ABLATIONS.items()
     },
     "ratio 0.3, 512 proxies, 64 a step": replace(OWN, num_proxies=512, proxy_batch_size=64),
+    "ratio 0.1, 512 proxies": replace(OWN, ratio=0.1, num_proxies=512),
 }
 
 
@@ -93,9 +98,10 @@ def train(
     """
     torch.manual_seed(seed)
     features, labels = data.features, data.taxonomy[:, 0].unique(return_inverse=True)[1]
-    head = make_head(features.shape[1])
+    head = make_head(features.shape[1]).to(features.device)
     base, miner = LOSSES[loss](int(labels.max()) + 1)
-    hier = make_hier(method)
+    base.to(features.device)
+    hier = make_hier(method).to(features.device)
     optimizer = torch.optim.Adam(
         [
             {"params": head.parameters(), "lr": LR},
@@ -175,7 +181,7 @@ def scores(head: nn.Module, part: Part, seed: int) -> dict[str, float]:
     longest = int(relevant.max())
     nearest = similarity.topk(max(longest, 20), 1).indices
     hits = (fine[nearest[:, :longest]] == fine[:, None]).double()
-    ranks = torch.arange(1, longest + 1)
+    ranks = torch.arange(1, longest + 1, device=hits.device)
     precision = hits.cumsum(1) / ranks * hits * (ranks <= relevant[:, None])
     found = relevant > 0
     chosen = torch.randperm(len(fine), generator=torch.Generator().manual_seed(seed))[:H_AP_SAMPLES]

@@ -22,10 +22,13 @@ from .poincare import working
 
 __all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_triplets"]
 
-_CHUNK_CELLS = 2**18  # of a (triplets, proxies) array at a time on a CPU: about the size of its cache
+_CHUNK_CELLS = 2**17  # of a (triplets, proxies) array at a time on a CPU: several fit its cache
 # On an accelerator, a kernel launch costs more than a cache miss; a compiler unrolls the loop over chunks. One
 # chunk holds a batch of 180 with 512 proxies.
 _CHUNK_CELLS_FUSED = 18 * 2**20
+# Weights are exponentials between e^-80 and e^70, so that sums of many of them fit float32 too.
+_WEIGHTS_LARGEST, _WEIGHTS_SPAN = 70, 150
+_TABLE_SIZE = 2**18  # exponential variables that the triplets share
 
 
 def reciprocal_triplets(
@@ -83,7 +86,7 @@ def reciprocal_triplets(
         related = neighbors & neighbors.mT  # a point is related to itself
         draws = distances.new_empty(count, triplets_per_anchor, dtype=torch.float32)
         if random:
-            uniform = [_uniform(draws) for _ in range(2)]
+            uniform = [torch.rand_like(draws) for _ in range(2)]
         else:  # both evenly spaced, and their pairs too: the second has steps of the golden ratio
             steps = torch.arange(triplets_per_anchor, dtype=draws.dtype, device=draws.device) + 0.5
             uniform = [
@@ -211,16 +214,19 @@ def hierarchical_triplet_loss(
 class _HierarchicalTripletLoss(torch.autograd.Function):
     @staticmethod
     def forward(distances, triplets, margin, temperature, noise):  # type: ignore[no-untyped-def]
-        logits = distances / -temperature
+        scores, are_weights = _scores(distances, temperature, noise)
         chunks, zeros = [], []
         for here in _chunks(triplets.shape[1], distances):
-            _, ancestor_logits = _rows_and_ancestor_logits(logits, triplets[:, here])
+            i, j, k = _gather(scores, triplets[:, here])
+            pair = torch.minimum(i, j)
+            both = (pair, torch.minimum(pair, k))
             if noise is not None:
-                highest, drawn = ancestor_logits.add_(noise[:, here]).max(-1)
+                highest, drawn = torch.stack(both).add_(noise[:, here]).max(-1)
                 chunks.append(drawn)
                 zeros.append(highest.sum(0) * 0)  # NaN if the noise is NaN
             else:
-                chunks.append(_inverse_cdf(ancestor_logits.softmax(-1)))
+                weights = both if are_weights else [score.softmax(-1) for score in both]
+                chunks.append(torch.stack([_inverse_cdf(own) for own in weights]))
         ancestors = torch.cat(chunks, 1)
         terms = _terms(distances, triplets, ancestors, margin)
         losses = terms.clamp_min(0).sum(0)
@@ -255,9 +261,31 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         cells = (triplets.unsqueeze(1) * distances.shape[1] + ancestors).flatten()
         grad.view(-1).index_add_(0, cells, torch.stack([slopes, -slopes], 1).flatten())
         logits = distances / -ctx.temperature
+        scores, are_weights = _scores(distances, ctx.temperature, noise)
+        table = _delay_table(distances)
         for here in _chunks(triplets.shape[1], distances):
-            drawn_noise = None if noise is None else noise[:, kept[here]]
-            _add_soft_gradient(grad, logits, triplets[:, here], ancestors[:, here], slopes[:, here], drawn_noise)
+            i, j, k = rows = _gather(logits, triplets[:, here])
+            slope_i, slope_j, slope_k = slopes[:, here].unsqueeze(-1)
+            towards = (i * slope_i).addcmul_(j, slope_j).addcmul_(k, slope_k)
+            i, j, k = _gather(scores, triplets[:, here]) if are_weights else rows
+            pair = torch.minimum(i, j)
+            of_choices = []
+            for which, score in enumerate((pair, torch.minimum(pair, k))):
+                if noise is not None:
+                    soft = (score + noise[which, kept[here]]).softmax(-1)
+                else:
+                    soft = _soft_choice(score if are_weights else score.softmax(-1), ancestors[which, here], table)
+                # Backward of softmax. Logits are used here in place of the distances of the loss, which gives the
+                # factor d logit / d distance = -1 / temperature of the softmax.
+                product = soft * towards
+                of_choices.append(product.addcmul_(soft, product.sum(-1, keepdim=True), value=-1))
+            # The gradient goes to the farthest point, the one with the smallest score.
+            of_both, of_triple = of_choices
+            of_k = _less(k, pair).mul_(of_triple)
+            of_both.sub_(of_triple.sub_(of_k))
+            of_j = _less(j, i).mul_(of_both)
+            for index, own in zip(triplets[:, here], (of_both.sub_(of_j), of_j, of_k.neg_()), strict=True):
+                grad.index_add_(0, index, own)
         return grad
 
 
@@ -302,71 +330,67 @@ def _terms(distances: Tensor, triplets: Tensor, ancestors: Tensor, margin: float
     return (gap + margin) * torch.ne(*ancestors) + (distances.amax() - distances.amin()) * 0
 
 
-def _rows_and_ancestor_logits(logits: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of i, j and k, ``(3, T, P)``, and of the ancestors of i and j, and of all three, ``(2, T, P)``.
+def _scores(distances: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, bool]:
+    """Logits of the proxies, or weights where these fit the dtype: their exponentials, times a common factor.
 
-    The farthest of several points is the one with the smallest logit.
+    Either falls with the distance: the score of the farthest of several points is the smallest.
     """
-    rows = logits.index_select(0, triplets.flatten()).view(*triplets.shape, logits.shape[1])
-    ancestor_logits = torch.empty_like(rows[:2])
-    (i, j, k), (pair, triple) = rows.unbind(), ancestor_logits.unbind()
-    torch.minimum(torch.minimum(i, j, out=pair), k, out=triple)
-    return rows, ancestor_logits
+    if noise is None and shapes_may_depend_on_values(distances):
+        nearest, farthest = distances.aminmax()
+        if (farthest - nearest) / temperature < _WEIGHTS_SPAN:
+            return ((nearest - distances) / temperature).add_(_WEIGHTS_LARGEST).exp_(), True
+    return distances / -temperature, False
 
 
-def _inverse_cdf(probabilities: Tensor) -> Tensor:
+def _gather(matrix: Tensor, triplets: Tensor) -> Tensor:
+    """Rows of i, j and k, ``(3, T, P)``."""
+    return matrix.index_select(0, triplets.flatten()).view(*triplets.shape, matrix.shape[1])
+
+
+def _inverse_cdf(weights: Tensor) -> Tensor:
     """Draw an index of the last dimension."""
-    cumulative = probabilities.cumsum(-1)
+    cumulative = weights.cumsum(-1)
     total = cumulative[..., -1:]
     # Numbers in (0, 1]: an index of weight 0 is never drawn, because 0 is excluded, and some index always is.
-    uniform = 1 - _uniform(total)
+    uniform = 1 - torch.rand_like(total)
     index = torch.searchsorted(cumulative, uniform.mul_(total))
-    return index.squeeze(-1).clamp_max_(probabilities.shape[-1] - 1)  # NaN gives an index out of range
+    return index.squeeze(-1).clamp_max_(weights.shape[-1] - 1)  # NaN gives an index out of range
 
 
-def _add_soft_gradient(
-    grad: Tensor, logits: Tensor, triplets: Tensor, ancestors: Tensor, slopes: Tensor, noise: Tensor | None
-) -> None:
-    """Add the gradient through the soft choice of the ancestors to ``grad``, the gradient of the distances.
+def _soft_choice(weights: Tensor, ancestors: Tensor, table: Tensor | None) -> Tensor:
+    """Soft probabilities ``(T, P)`` of the Gumbel-max trick, given the ancestors ``(T,)`` that it chose.
 
-    In the Gumbel-max trick, proxy p has the time ``t_p = exp(-gumbel_p) / probability_p``. The smallest time is
-    drawn, and soft probabilities are proportional to ``1 / t_p``. Given the drawn proxy, its time is standard
-    exponential. The time of every other proxy is larger by an exponential variable of rate ``probability_p``.
+    In this trick, proxy p has the time ``t_p = exp(-gumbel_p) / probability_p``. The smallest time is drawn, and
+    soft probabilities are proportional to ``1 / t_p``. Given which one, its time is standard exponential, and
+    the time of every other proxy is larger by an exponential variable of rate ``probability_p``.
     """
-    rows, ancestor_logits = _rows_and_ancestor_logits(logits, triplets)
-    if noise is not None:
-        soft = (ancestor_logits + noise).softmax(-1)
+    if table is None:
+        columns = torch.arange(weights.shape[1], device=weights.device)
+        delays = torch.rand_like(weights).log_().masked_fill_(columns == ancestors.unsqueeze(-1), 0)
     else:
-        probabilities = ancestor_logits.softmax(-1)
-        first = _uniform(probabilities[..., :1]).clamp_min_(torch.finfo(logits.dtype).tiny).log_()
-        delay = _uniform(probabilities).log_().scatter_(-1, ancestors.unsqueeze(-1), 0)
-        # 1 / t_p = probability_p / (first * probability_p + delay_p). The logarithm of a uniform variable is
-        # minus an exponential variable, so the result is negative, and so is its sum below.
-        soft = probabilities.div_(delay.addcmul_(first, probabilities))
-        del delay  # its memory is used again below
-    (i, j, k), (slope_i, slope_j, slope_k) = rows.unbind(), slopes.unsqueeze(-1).unbind()
-    towards = (i * slope_i).addcmul_(j, slope_j).addcmul_(k, slope_k)
-    # Backward of softmax. Logits are used here in place of the distances of the loss, which gives the factor
-    # d logit / d distance = -1 / temperature of the softmax.
-    total = soft.sum(-1, keepdim=True)
-    mean = (soft * towards).sum(-1, keepdim=True).div_(total)
-    total[1].neg_()
-    pair, triple = soft.mul_(towards - mean).div_(total)
-    # The gradient goes to the smaller logit. The rows are overwritten by the gradients of i, j and k.
-    from_j = torch.lt(j, i, out=towards)
-    torch.lt(k, ancestor_logits[0], out=k).mul_(triple)
-    pair.add_(triple).sub_(k)
-    torch.mul(from_j, pair, out=j)
-    torch.sub(pair, j, out=i)
-    grad.index_add_(0, triplets.flatten(), rows.view(-1, logits.shape[1]))
+        delays = table.index_select(0, torch.randint(len(table), ancestors.shape))
+        delays.scatter_(1, ancestors.unsqueeze(-1), 0)
+    total = weights.sum(-1, keepdim=True)
+    first = torch.rand_like(total).clamp_min_(torch.finfo(total.dtype).tiny).log_()
+    # 1 / t_p = weight_p / (first * weight_p + delay_p * total). The logarithm of a uniform variable is minus an
+    # exponential variable, so the result is negative, and so is its sum.
+    soft = weights / delays.mul_(total).addcmul_(first, weights)
+    return soft.div_(soft.sum(-1, keepdim=True))
 
 
-def _uniform(like: Tensor) -> Tensor:
-    """Uniform random numbers of [0, 1), shaped like ``like``, from torch's default generator."""
-    if like.dtype != torch.float32 or not shapes_may_depend_on_values(like):
-        return torch.rand(like.shape, dtype=like.dtype, device=like.device)
-    # Random numbers take much of the time on a CPU. One draw of 64 bits, split into two numbers of 32 bits, is
-    # faster than torch.rand. Each number uses 24 bits, as in torch.rand.
-    wide = torch.empty((like.numel() + 1) // 2, dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    bits = wide.view(torch.int32)[: like.numel()].view(like.shape)
-    return bits.bitwise_and_(2**24 - 1).to(torch.float32).mul_(2.0**-24)
+def _delay_table(distances: Tensor) -> Tensor | None:
+    """On a CPU: rows of minus standard exponential variables, ``(R, P)``, parts of one list of random numbers.
+
+    A random number for each proxy of each triplet would take much of the time. A row chosen at random has the same
+    distribution, with independent values. Rows of different triplets overlap rarely.
+    """
+    if not shapes_may_depend_on_values(distances):
+        return None
+    count = distances.shape[1]
+    values = torch.rand(max(_TABLE_SIZE, 64 * count), dtype=distances.dtype)
+    return values.log_().unfold(0, count, 1)
+
+
+def _less(left: Tensor, right: Tensor) -> Tensor:
+    """1 where left < right, else 0, in the dtype of both: on a CPU, products with booleans are slow."""
+    return torch.lt(left, right, out=torch.empty_like(left))
