@@ -65,9 +65,10 @@ METHODS: dict[str, Method] = {
     **{f"ratio {r}{name}": replace(own, ratio=r) for name, own in NEIGHBORS.items() for r in (0.1, 0.3, 1.0)},
     **{f"distillation {ratio}": Method(hier=False, distill=True, ratio=ratio) for ratio in (0.3, 1.0)},
     **{
-        f"ratio {ratio}, frozen, {name}": replace(FROZEN, ratio=ratio, schedule=name)
+        f"ratio {ratio}{name}, {schedule}": replace(own, ratio=ratio, schedule=schedule)
+        for name, own in NEIGHBORS.items()
         for ratio in (0.3, 1.0)
-        for name in ("rising", "falling")
+        for schedule in ("rising", "falling")
     },
     **{
         f"ratio 0.3{name}, {title}": replace(own, **changes)

@@ -217,7 +217,7 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         scores, are_weights = _scores(distances, temperature, noise)
         chunks, zeros = [], []
         for here in _chunks(triplets.shape[1], distances):
-            i, j, k = _gather(scores, triplets[:, here])
+            i, j, k = _rows(scores, triplets[:, here])
             pair = torch.minimum(i, j)
             both = (pair, torch.minimum(pair, k))
             if noise is not None:
@@ -264,21 +264,24 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         scores, are_weights = _scores(distances, ctx.temperature, noise)
         table = _delay_table(distances)
         for here in _chunks(triplets.shape[1], distances):
-            i, j, k = rows = _gather(logits, triplets[:, here])
+            i, j, k = _rows(logits, triplets[:, here])
             slope_i, slope_j, slope_k = slopes[:, here].unsqueeze(-1)
             towards = (i * slope_i).addcmul_(j, slope_j).addcmul_(k, slope_k)
-            i, j, k = _gather(scores, triplets[:, here]) if are_weights else rows
+            if are_weights:
+                i, j, k = _rows(scores, triplets[:, here])
             pair = torch.minimum(i, j)
             of_choices = []
             for which, score in enumerate((pair, torch.minimum(pair, k))):
                 if noise is not None:
                     soft = (score + noise[which, kept[here]]).softmax(-1)
                 else:
-                    soft = _soft_choice(score if are_weights else score.softmax(-1), ancestors[which, here], table)
+                    soft = _soft_choice(score, are_weights, ancestors[which, here], table)
                 # Backward of softmax. Logits are used here in place of the distances of the loss, which gives the
                 # factor d logit / d distance = -1 / temperature of the softmax.
                 product = soft * towards
-                of_choices.append(product.addcmul_(soft, product.sum(-1, keepdim=True), value=-1))
+                total = soft.sum(-1, keepdim=True)
+                mean = product.sum(-1, keepdim=True) / total
+                of_choices.append(product.addcmul_(soft, mean, value=-1).mul_(1 / total))
             # The gradient goes to the farthest point, the one with the smallest score.
             of_both, of_triple = of_choices
             of_k = _less(k, pair).mul_(of_triple)
@@ -342,9 +345,9 @@ def _scores(distances: Tensor, temperature: float, noise: Tensor | None) -> tupl
     return distances / -temperature, False
 
 
-def _gather(matrix: Tensor, triplets: Tensor) -> Tensor:
-    """Rows of i, j and k, ``(3, T, P)``."""
-    return matrix.index_select(0, triplets.flatten()).view(*triplets.shape, matrix.shape[1])
+def _rows(matrix: Tensor, triplets: Tensor) -> list[Tensor]:
+    """Rows ``(T, P)`` of i, j and k."""
+    return [matrix.index_select(0, own) for own in triplets]
 
 
 def _inverse_cdf(weights: Tensor) -> Tensor:
@@ -357,25 +360,26 @@ def _inverse_cdf(weights: Tensor) -> Tensor:
     return index.squeeze(-1).clamp_max_(weights.shape[-1] - 1)  # NaN gives an index out of range
 
 
-def _soft_choice(weights: Tensor, ancestors: Tensor, table: Tensor | None) -> Tensor:
-    """Soft probabilities ``(T, P)`` of the Gumbel-max trick, given the ancestors ``(T,)`` that it chose.
+def _soft_choice(score: Tensor, are_weights: bool, ancestors: Tensor, table: Tensor | None) -> Tensor:
+    """Soft probabilities of the Gumbel-max trick, times a factor, given the ancestors ``(T,)`` that it chose.
 
     In this trick, proxy p has the time ``t_p = exp(-gumbel_p) / probability_p``. The smallest time is drawn, and
-    soft probabilities are proportional to ``1 / t_p``. Given which one, its time is standard exponential, and
-    the time of every other proxy is larger by an exponential variable of rate ``probability_p``.
+    soft probabilities are proportional to ``1 / t_p``. Given which one, its time is standard exponential, and the
+    time of every other proxy is larger by an exponential variable of rate ``probability_p``.
     """
+    weights = score if are_weights else score.softmax(-1)
     if table is None:
         columns = torch.arange(weights.shape[1], device=weights.device)
-        delays = torch.rand_like(weights).log_().masked_fill_(columns == ancestors.unsqueeze(-1), 0)
+        delays = torch.where(columns == ancestors.unsqueeze(-1), 0, torch.rand_like(weights).log_())
     else:
         delays = table.index_select(0, torch.randint(len(table), ancestors.shape))
         delays.scatter_(1, ancestors.unsqueeze(-1), 0)
-    total = weights.sum(-1, keepdim=True)
-    first = torch.rand_like(total).clamp_min_(torch.finfo(total.dtype).tiny).log_()
-    # 1 / t_p = weight_p / (first * weight_p + delay_p * total). The logarithm of a uniform variable is minus an
+    if are_weights:  # their sum is not 1
+        delays.mul_(weights.sum(-1, keepdim=True))
+    first = torch.rand_like(weights[:, :1]).clamp_min_(torch.finfo(weights.dtype).tiny).log_()
+    # 1 / t_p = weight_p / (first * weight_p + delay_p). The logarithm of a uniform variable is minus an
     # exponential variable, so the result is negative, and so is its sum.
-    soft = weights / delays.mul_(total).addcmul_(first, weights)
-    return soft.div_(soft.sum(-1, keepdim=True))
+    return weights / delays.addcmul_(first, weights)
 
 
 def _delay_table(distances: Tensor) -> Tensor | None:
