@@ -444,7 +444,7 @@ def test_a_miner_of_the_proxies():
             own = len(value(samples, embeddings, labels)["sample_loss"]["losses"])
             counts[triplets_per_anchor] = loss_func.num_triplets - own
         assert counts[30] == 10 * counts[3] > 0
-    with pytest.raises(TypeError, match=r"proxy_miner must be a hierloss.ReciprocalNeighborMiner, got BatchHardM"):
+    with pytest.raises(TypeError, match=r"proxy_miner must be a ReciprocalNeighborMiner, got BatchHardM"):
         small(proxy_miner=miners.BatchHardMiner())
 
 

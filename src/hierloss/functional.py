@@ -168,7 +168,8 @@ def hierarchical_triplet_loss(
     Memory is ``O(T + NP)`` and a chunk of triplets, which is large on a GPU. Backward recomputes the rest.
     Without ``noise``, ancestors are drawn by inverting the cumulative distribution, and the backward pass draws
     Gumbel noise conditionally on the chosen ancestor: the same joint distribution, with one random number per draw
-    in the forward pass.
+    in the forward pass. On a CPU, triplets share the noise of the backward pass: for each, it begins at a random
+    place of one list of 2^18 random numbers.
 
     Args:
         distances: distances of shape ``(N, P)`` from points to proxies.
@@ -260,8 +261,8 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         grad = torch.zeros_like(distances)
         cells = (triplets.unsqueeze(1) * distances.shape[1] + ancestors).flatten()
         grad.view(-1).index_add_(0, cells, torch.stack([slopes, -slopes], 1).flatten())
-        logits = distances / -ctx.temperature
         scores, are_weights = _scores(distances, ctx.temperature, noise)
+        logits = distances / -ctx.temperature if are_weights else scores
         table = _delay_table(distances)
         for here in _chunks(triplets.shape[1], distances):
             i, j, k = _rows(logits, triplets[:, here])
@@ -370,7 +371,7 @@ def _soft_choice(score: Tensor, are_weights: bool, ancestors: Tensor, table: Ten
     weights = score if are_weights else score.softmax(-1)
     if table is None:
         columns = torch.arange(weights.shape[1], device=weights.device)
-        delays = torch.where(columns == ancestors.unsqueeze(-1), 0, torch.rand_like(weights).log_())
+        delays = torch.rand_like(weights).log_().masked_fill_(columns == ancestors.unsqueeze(-1), 0)
     else:
         delays = table.index_select(0, torch.randint(len(table), ancestors.shape))
         delays.scatter_(1, ancestors.unsqueeze(-1), 0)

@@ -125,9 +125,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if isinstance(self.miner, ReciprocalNeighborMiner):
             self.miner.check_distance(self.distance)
         if not (proxy_miner is None or isinstance(proxy_miner, ReciprocalNeighborMiner)):
-            raise TypeError(
-                f"proxy_miner must be a hierloss.ReciprocalNeighborMiner, got {type(proxy_miner).__name__}"
-            )
+            raise TypeError(f"proxy_miner must be a ReciprocalNeighborMiner, got {type(proxy_miner).__name__}")
         if proxy_batch_size is not None:
             check_count("proxy_batch_size", proxy_batch_size, minimum=2)
         if gradient_ratio is not None:
@@ -142,10 +140,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self._reports = RatioReports()
         if embedding_size is not None:
             self._size_proxies(check_count("embedding_size", embedding_size))
-        settings = ["num_proxies", "margin", "temperature", "gradient_ratio"]
         statistics = [*self._sub_loss_names(), "num_triplets", "fraction_active", "num_ancestors"]
         statistics += ["fraction_clipped", "unscaled_gradient_ratio"]
-        self.add_to_recordable_attributes(list_of_names=settings)
+        self.add_to_recordable_attributes(list_of_names=["num_proxies", "margin", "temperature", "gradient_ratio"])
         self.add_to_recordable_attributes(list_of_names=statistics, is_stat=True)
 
     @property
@@ -415,15 +412,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         set_size(self.proxies, values, like.dtype)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """`torch.nn.Module.compile`, for a GPU: with ``mode="reduce-overhead"``, CUDA graphs are used.
-
-        Raises:
-            RuntimeError: the proxies have no size yet.
-
-        Example:
-            >>> hier = HIERLoss(embedding_size=16)
-            >>> hier.compile(mode="reduce-overhead")
-        """
+        """`torch.nn.Module.compile`, for a GPU, after the size is known: ``compile(mode="reduce-overhead")``."""
         if self.embedding_size is None:
             raise RuntimeError("HIERLoss cannot be compiled before its first batch; give embedding_size")
         super().compile(*args, **kwargs)
