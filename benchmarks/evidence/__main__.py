@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, help="how many (default: 3; test: 10)")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each (default: 2)")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, default=study.FOLDER, help="where the runs are kept")
     parser.add_argument("--images", type=Path, default=report.IMAGES, help="where report puts the picture")
     args = parser.parse_args()
@@ -45,7 +44,7 @@ def main() -> None:
     if args.data is None:
         parser.error(f"{args.what} needs --data PATH, the folder with the tables of features")
     todo = study.runs(args.what, args.datasets, args.losses, args.methods, args.seeds, args.folder)
-    study.perform(args.what, todo, args.data, args.workers, args.folder, args.device)
+    study.perform(args.what, todo, args.data, args.workers, args.folder)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ class Split(NamedTuple):
     test: Part
 
 
-def load(name: str, folder: Path, device: str = "cpu") -> Part:
-    """A whole table, on a device."""
+def load(name: str, folder: Path) -> Part:
+    """A whole table."""
     file, features, levels = TABLES[name]
     with np.load(folder / file, allow_pickle=True) as arrays:
         numbered = [np.unique(arrays[level], return_inverse=True)[1] for level in levels]
-        return Part(*(torch.from_numpy(a).to(device) for a in (arrays[features].astype("f4"), np.stack(numbered, 1))))
+        return Part(torch.from_numpy(arrays[features]).float(), torch.from_numpy(np.stack(numbered, 1)))
 
 
 def split(table: Part, seed: int) -> Split:
@@ -44,5 +44,5 @@ def split(table: Part, seed: int) -> Split:
     classes = torch.randperm(int(fine.max()) + 1, generator=torch.Generator().manual_seed(seed))
     half, sixth = len(classes) // 2, len(classes) // 6
     chosen = classes[half + sixth :], classes[half : half + sixth], classes[:half]
-    rows = [torch.isin(fine, part.to(fine.device)) for part in chosen]
+    rows = [torch.isin(fine, part) for part in chosen]
     return Split(*(Part(table.features[r], table.taxonomy[r]) for r in rows))

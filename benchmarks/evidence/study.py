@@ -63,21 +63,14 @@ def runs(
         yield {"dataset": dataset, "loss": loss, "method": method, "seed": seed, "steps": steps}
 
 
-def perform(
-    study: str,
-    todo: Iterator[dict[str, Any]],
-    source: Path,
-    workers: int,
-    folder: Path = FOLDER,
-    device: str = "cpu",
-) -> None:
+def perform(study: str, todo: Iterator[dict[str, Any]], source: Path, workers: int, folder: Path = FOLDER) -> None:
     """Do the runs that the file does not have yet; each is appended to it when it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = ("dataset", "loss", "method", "seed", "steps")
     done = {tuple(row[key] for key in keys) for row in read(study, folder)}
     missing = [run for run in todo if tuple(run.values()) not in done]
     results = Parallel(n_jobs=workers, return_as="generator_unordered")(
-        delayed(_perform)(run, source, study == "test", device) for run in missing
+        delayed(_perform)(run, source, study == "test") for run in missing
     )
     with (folder / f"{study}.jsonl").open("a") as file:
         for row in tqdm(results, total=len(missing), unit="run", desc=study):
@@ -85,16 +78,16 @@ def perform(
             file.flush()
 
 
-def _perform(run: dict[str, Any], source: Path, test: bool, device: str) -> dict[str, Any]:
+def _perform(run: dict[str, Any], source: Path, test: bool) -> dict[str, Any]:
     """The run with its curve, and the seconds of processor time that it took."""
     torch.set_num_threads(1)
     began = time.process_time()
-    split = data.split(_load(run["dataset"], source, device), run["seed"])
+    split = data.split(_load(run["dataset"], source), run["seed"])
     method = training.METHODS[run["method"]]
     curve = training.run(split, run["loss"], method, run["seed"], run["steps"], test)
     return {**run, "curve": curve, "seconds": round(time.process_time() - began, 1)}
 
 
 @lru_cache(maxsize=3)
-def _load(name: str, source: Path, device: str) -> data.Part:
-    return data.load(name, source, device)
+def _load(name: str, source: Path) -> data.Part:
+    return data.load(name, source)
