@@ -22,7 +22,7 @@ from .poincare import working
 
 __all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_triplets"]
 
-_CHUNK_CELLS = 2**17  # of a (triplets, proxies) array at a time on a CPU: several fit its cache
+_CHUNK_CELLS = 2**18  # of a (triplets, proxies) array at a time on a CPU: about the size of its cache
 # On an accelerator, a kernel launch costs more than a cache miss; a compiler unrolls the loop over chunks. One
 # chunk holds a batch of 180 with 512 proxies.
 _CHUNK_CELLS_FUSED = 18 * 2**20
