@@ -271,8 +271,12 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
             if are_weights:
                 i, j, k = _rows(scores, triplets[:, here])
             pair = torch.minimum(i, j)
+            both = (pair, torch.minimum(pair, k))
+            # The gradient goes to the farthest point, the one with the smallest score.
+            is_j, is_k = _less(j, i), _less(k, pair)
+            del i, j, k, pair
             of_choices = []
-            for which, score in enumerate((pair, torch.minimum(pair, k))):
+            for which, score in enumerate(both):
                 if noise is not None:
                     soft = (score + noise[which, kept[here]]).softmax(-1)
                 else:
@@ -283,11 +287,10 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
                 total = soft.sum(-1, keepdim=True)
                 mean = product.sum(-1, keepdim=True) / total
                 of_choices.append(product.addcmul_(soft, mean, value=-1).mul_(1 / total))
-            # The gradient goes to the farthest point, the one with the smallest score.
             of_both, of_triple = of_choices
-            of_k = _less(k, pair).mul_(of_triple)
+            of_k = is_k.mul_(of_triple)
             of_both.sub_(of_triple.sub_(of_k))
-            of_j = _less(j, i).mul_(of_both)
+            of_j = is_j.mul_(of_both)
             for index, own in zip(triplets[:, here], (of_both.sub_(of_j), of_j, of_k.neg_()), strict=True):
                 grad.index_add_(0, index, own)
         return grad
