@@ -124,8 +124,10 @@ def test_free_draws_have_the_mean_of_the_reference():
         assert z.abs().max() < 4.5
 
 
-def test_gradient_given_the_ancestor_has_the_distribution_of_gumbel_softmax():
+@pytest.mark.parametrize("table_size", [2**15, 2**20])  # with a table of noise, and without
+def test_gradient_given_the_ancestor_has_the_distribution_of_gumbel_softmax(table_size, monkeypatch):
     """The second random number: soft probabilities conditional on the draw, by a two-sample KS test."""
+    monkeypatch.setattr(functional, "_TABLE_SIZE", table_size)
     torch.manual_seed(1)
     repeats = 5_000
     distances = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.4, 0.3], [0.4, 0.35, 0.2]], dtype=torch.float64)
@@ -249,12 +251,21 @@ def test_exponentials_in_place_of_logits_change_nothing_but_rounding(temperature
 
 
 def test_exponentials_do_not_underflow():
-    """Each point is near another proxy; the ancestor is drawn among weights of e^-148 and e^-149."""
-    distances = torch.tensor([[0.0, 14.9, 14.8], [14.9, 0.0, 14.8], [0.0, 0.0, 0.0]])
+    """Each point is near another proxy; the ancestor is drawn among probabilities of e^-138 and e^-139."""
+    distances = torch.tensor([[0.0, 13.9, 13.8], [13.9, 0.0, 13.8], [0.0, 0.0, 0.0]])
     triplets = torch.arange(3).unsqueeze(1).expand(3, 10_000)
     first = functional.hierarchical_triplet_loss(distances, triplets, temperature=0.1).ancestors[0]
-    shares = torch.softmax(torch.tensor([-149.0, -149.0, -148.0], dtype=torch.float64), 0)
+    shares = torch.softmax(torch.tensor([-139.0, -139.0, -138.0], dtype=torch.float64), 0)
     assert stats.chisquare(first.bincount().numpy(), 10_000 * shares.numpy()).pvalue > 1e-3
+
+
+def test_a_given_noise_needs_no_random_numbers():
+    distances = distance_matrix(points(9), points(7, seed=1)).requires_grad_()
+    triplets = torch.tensor(random_triplets(9, 50)).T
+    losses, _ = functional.hierarchical_triplet_loss(distances, triplets, noise=torch.zeros(2, 50, 7), margin=5.0)
+    before = torch.get_rng_state()
+    losses.sum().backward()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_shared_table_of_noise():

@@ -19,8 +19,8 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images" / "evidence"
 SHOWN = {
     "ratio 0.1": "#332288",
     "ratio 0.1, frozen": "#88CCEE",
-    "ratio 0.3": "#CC6677",
     "ratio 0.3, frozen": "#117733",
+    "ratio 1.0, frozen, rising": "#CC6677",
     "distillation 0.3": "#DDAA33",
 }
 """Methods in the picture, with their colours, and in the table of alternatives."""

@@ -26,8 +26,7 @@ _CHUNK_CELLS = 2**18  # of a (triplets, proxies) array at a time on a CPU: about
 # On an accelerator, a kernel launch costs more than a cache miss; a compiler unrolls the loop over chunks. One
 # chunk holds a batch of 180 with 512 proxies.
 _CHUNK_CELLS_FUSED = 18 * 2**20
-# Weights are exponentials between e^-80 and e^70, so that sums of many of them fit float32 too.
-_WEIGHTS_LARGEST, _WEIGHTS_SPAN = 70, 150
+_WEIGHTS_SPAN = 140  # weights are between e^-70 and e^70, so that sums and products with noise fit float32 too
 _TABLE_SIZE = 2**18  # exponential variables that the triplets share
 
 
@@ -168,8 +167,8 @@ def hierarchical_triplet_loss(
     Memory is ``O(T + NP)`` and a chunk of triplets, which is large on a GPU. Backward recomputes the rest.
     Without ``noise``, ancestors are drawn by inverting the cumulative distribution, and the backward pass draws
     Gumbel noise conditionally on the chosen ancestor: the same joint distribution, with one random number per draw
-    in the forward pass. On a CPU, triplets share the noise of the backward pass: for each, it begins at a random
-    place of one list of 2^18 random numbers.
+    in the forward pass. On a CPU, many triplets share the noise of the backward pass: for each ancestor, it begins
+    at a random place of one list of random numbers.
 
     Args:
         distances: distances of shape ``(N, P)`` from points to proxies.
@@ -263,7 +262,11 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         grad.view(-1).index_add_(0, cells, torch.stack([slopes, -slopes], 1).flatten())
         scores, are_weights = _scores(distances, ctx.temperature, noise)
         logits = distances / -ctx.temperature if are_weights else scores
-        table = _delay_table(distances)
+        # On a CPU, random numbers for all cells would take much of the time.
+        many = slopes.numel() * distances.shape[1] > _TABLE_SIZE
+        table = None
+        if many and noise is None and shapes_may_depend_on_values(distances):
+            table = _delay_table(distances)
         for here in _chunks(triplets.shape[1], distances):
             i, j, k = _rows(logits, triplets[:, here])
             slope_i, slope_j, slope_k = slopes[:, here].unsqueeze(-1)
@@ -274,7 +277,7 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
             both = (pair, torch.minimum(pair, k))
             # The gradient goes to the farthest point, the one with the smallest score.
             is_j, is_k = _less(j, i), _less(k, pair)
-            del i, j, k, pair
+            del i, j, k
             of_choices = []
             for which, score in enumerate(both):
                 if noise is not None:
@@ -287,9 +290,11 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
                 total = soft.sum(-1, keepdim=True)
                 mean = product.sum(-1, keepdim=True) / total
                 of_choices.append(product.addcmul_(soft, mean, value=-1).mul_(1 / total))
-            of_both, of_triple = of_choices
+            of_pair, of_triple = of_choices
             of_k = is_k.mul_(of_triple)
-            of_both.sub_(of_triple.sub_(of_k))
+            of_both = of_pair.sub_(
+                of_triple.sub_(of_k)
+            )  # the rest of the triple's goes to the same point as the pair's
             of_j = is_j.mul_(of_both)
             for index, own in zip(triplets[:, here], (of_both.sub_(of_j), of_j, of_k.neg_()), strict=True):
                 grad.index_add_(0, index, own)
@@ -345,7 +350,7 @@ def _scores(distances: Tensor, temperature: float, noise: Tensor | None) -> tupl
     if noise is None and shapes_may_depend_on_values(distances):
         nearest, farthest = distances.aminmax()
         if (farthest - nearest) / temperature < _WEIGHTS_SPAN:
-            return ((nearest - distances) / temperature).add_(_WEIGHTS_LARGEST).exp_(), True
+            return (((nearest + farthest) / 2 - distances) / temperature).exp_(), True
     return distances / -temperature, False
 
 
@@ -386,16 +391,13 @@ def _soft_choice(score: Tensor, are_weights: bool, ancestors: Tensor, table: Ten
     return weights / delays.addcmul_(first, weights)
 
 
-def _delay_table(distances: Tensor) -> Tensor | None:
-    """On a CPU: rows of minus standard exponential variables, ``(R, P)``, parts of one list of random numbers.
+def _delay_table(distances: Tensor) -> Tensor:
+    """Rows of minus standard exponential variables, ``(R, P)``, all the parts of one list of random numbers.
 
-    A random number for each proxy of each triplet would take much of the time. A row chosen at random has the same
-    distribution, with independent values. Rows of different triplets overlap rarely.
+    A row chosen at random has the distribution of P new variables. Two rows rarely overlap.
     """
-    if not shapes_may_depend_on_values(distances):
-        return None
     count = distances.shape[1]
-    values = torch.rand(max(_TABLE_SIZE, 64 * count), dtype=distances.dtype)
+    values = torch.rand(max(_TABLE_SIZE, 64 * count), dtype=distances.dtype)  # 64 rows or more that do not overlap
     return values.log_().unfold(0, count, 1)
 
 
