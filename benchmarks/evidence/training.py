@@ -36,7 +36,7 @@ LOSSES: dict[str, Callable[[int], tuple[nn.Module, nn.Module | None]]] = {
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained beside the base loss: HIER, a distillation of the frozen similarities, or nothing."""
+    """What is trained beside the base loss: HIER, a distillation of the frozen similarities, both, or nothing."""
 
     hier: bool = True
     distill: bool = False
@@ -72,6 +72,7 @@ METHODS: dict[str, Method] = {
     "ratio 0.3, 512 proxies": replace(OWN, num_proxies=512),
     "ratio 0.3, 512 proxies, 64 a step": replace(OWN, num_proxies=512, proxy_batch_size=64),
     "ratio 0.1, 512 proxies": replace(OWN, ratio=0.1, num_proxies=512),
+    "ratio 0.3, frozen, and distillation": replace(FROZEN, distill=True),
 }
 
 
