@@ -17,8 +17,7 @@ from . import data, training
 
 FOLDER = Path(__file__).parents[1] / "results" / "evidence"
 SEEDS = {"length": range(100, 103), "validate": range(100, 103), "test": range(10)}
-SOME_SEEDS = {name: 3 for name, method in training.METHODS.items() if method.num_proxies > 64}
-"""Methods that take long have fewer seeds."""
+SOME_SEEDS = {name: 3 for name, method in training.METHODS.items() if method.num_proxies > 64}  # they take long
 
 
 def read(study: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
