@@ -24,10 +24,10 @@ __all__ = ["HierarchicalTripletLoss", "hierarchical_triplet_loss", "reciprocal_t
 
 _CHUNK_CELLS = 2**18  # of a (triplets, proxies) array at a time on a CPU: about the size of its cache
 # On an accelerator, a kernel launch costs more than a cache miss; a compiler unrolls the loop over chunks. One
-# chunk holds a batch of 180 with 512 proxies.
+# chunk holds the 50 * (180 + 512) triplets of a batch of 180 with 512 proxies.
 _CHUNK_CELLS_FUSED = 18 * 2**20
 _WEIGHTS_SPAN = 140  # weights are between e^-70 and e^70, so that sums and products with noise fit float32 too
-_TABLE_SIZE = 2**18  # exponential variables that the triplets share
+_TABLE_SIZE = 2**18  # exponential variables that triplets share, where more would be needed
 
 
 def reciprocal_triplets(
@@ -167,8 +167,8 @@ def hierarchical_triplet_loss(
     Memory is ``O(T + NP)`` and a chunk of triplets, which is large on a GPU. Backward recomputes the rest.
     Without ``noise``, ancestors are drawn by inverting the cumulative distribution, and the backward pass draws
     Gumbel noise conditionally on the chosen ancestor: the same joint distribution, with one random number per draw
-    in the forward pass. On a CPU, many triplets share the noise of the backward pass: for each ancestor, it begins
-    at a random place of one list of random numbers.
+    in the forward pass. On a CPU with many triplets, the noise of each ancestor in the backward pass
+    begins at a random place of one shared list of random numbers.
 
     Args:
         distances: distances of shape ``(N, P)`` from points to proxies.
@@ -284,17 +284,15 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
                     soft = (score + noise[which, kept[here]]).softmax(-1)
                 else:
                     soft = _soft_choice(score, are_weights, ancestors[which, here], table)
-                # Backward of softmax. Logits are used here in place of the distances of the loss, which gives the
-                # factor d logit / d distance = -1 / temperature of the softmax.
+                # Backward of softmax. Logits replace the distances of the loss here, which gives the factor
+                # d logit / d distance = -1 / temperature.
                 product = soft * towards
                 total = soft.sum(-1, keepdim=True)
                 mean = product.sum(-1, keepdim=True) / total
                 of_choices.append(product.addcmul_(soft, mean, value=-1).mul_(1 / total))
             of_pair, of_triple = of_choices
             of_k = is_k.mul_(of_triple)
-            of_both = of_pair.sub_(
-                of_triple.sub_(of_k)
-            )  # the rest of the triple's goes to the same point as the pair's
+            of_both = of_pair.sub_(of_triple.sub_(of_k))  # where k is not the farthest, both go to one point
             of_j = is_j.mul_(of_both)
             for index, own in zip(triplets[:, here], (of_both.sub_(of_j), of_j, of_k.neg_()), strict=True):
                 grad.index_add_(0, index, own)
@@ -343,7 +341,7 @@ def _terms(distances: Tensor, triplets: Tensor, ancestors: Tensor, margin: float
 
 
 def _scores(distances: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, bool]:
-    """Logits of the proxies, or weights where these fit the dtype: their exponentials, times a common factor.
+    """Logits; or, on a CPU without noise, weights: exponentials of logits, times a factor, if they fit float32.
 
     Either falls with the distance: the score of the farthest of several points is the smallest.
     """
@@ -392,7 +390,7 @@ def _soft_choice(score: Tensor, are_weights: bool, ancestors: Tensor, table: Ten
 
 
 def _delay_table(distances: Tensor) -> Tensor:
-    """Rows of minus standard exponential variables, ``(R, P)``, all the parts of one list of random numbers.
+    """Rows of minus standard exponential variables, ``(R, P)``: all windows of one list of random numbers.
 
     A row chosen at random has the distribution of P new variables. Two rows rarely overlap.
     """
