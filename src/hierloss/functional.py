@@ -263,7 +263,7 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         scores, are_weights = _scores(distances, ctx.temperature, noise)
         logits = distances / -ctx.temperature if are_weights else scores
         # On a CPU, random numbers for all cells would take much of the time.
-        many = slopes.numel() * distances.shape[1] > _TABLE_SIZE
+        many = ancestors.numel() * distances.shape[1] > _TABLE_SIZE
         table = None
         if many and noise is None and shapes_may_depend_on_values(distances):
             table = _delay_table(distances)
@@ -379,7 +379,7 @@ def _soft_choice(score: Tensor, are_weights: bool, ancestors: Tensor, table: Ten
         columns = torch.arange(weights.shape[1], device=weights.device)
         delays = torch.rand_like(weights).log_().masked_fill_(columns == ancestors.unsqueeze(-1), 0)
     else:
-        delays = table.index_select(0, torch.randint(len(table), ancestors.shape))
+        delays = table.index_select(0, torch.randint_like(ancestors, len(table)))
         delays.scatter_(1, ancestors.unsqueeze(-1), 0)
     if are_weights:  # their sum is not 1
         delays.mul_(weights.sum(-1, keepdim=True))
@@ -395,8 +395,8 @@ def _delay_table(distances: Tensor) -> Tensor:
     A row chosen at random has the distribution of P new variables. Two rows rarely overlap.
     """
     count = distances.shape[1]
-    values = torch.rand(max(_TABLE_SIZE, 64 * count), dtype=distances.dtype)  # 64 rows or more that do not overlap
-    return values.log_().unfold(0, count, 1)
+    values = distances.new_empty(max(_TABLE_SIZE, 64 * count))  # 64 rows or more do not overlap
+    return values.uniform_().log_().unfold(0, count, 1)
 
 
 def _less(left: Tensor, right: Tensor) -> Tensor:
