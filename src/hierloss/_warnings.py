@@ -47,7 +47,7 @@ class OptimizerWatch:
                     "has them. Build it with the parameters of both, "
                     "torch.optim.Adam([*model.parameters(), *loss_func.parameters()]); in a trainer of PML it is "
                     "the metric_loss_optimizer",
-                    stacklevel=5,  # the line that calls the loss
+                    stacklevel=6,  # the line that calls the loss
                 )
 
 

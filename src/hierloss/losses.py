@@ -126,18 +126,14 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             self.miner.check_distance(self.distance)
         if not (proxy_miner is None or isinstance(proxy_miner, ReciprocalNeighborMiner)):
             raise TypeError(f"proxy_miner must be a ReciprocalNeighborMiner, got {type(proxy_miner).__name__}")
-        if proxy_batch_size is not None:
-            check_count("proxy_batch_size", proxy_batch_size, minimum=2)
-        if gradient_ratio is not None:
-            check_number("gradient_ratio", gradient_ratio, positive=False)
         self.proxy_miner = proxy_miner
-        self.proxy_batch_size = proxy_batch_size
-        self.gradient_ratio = gradient_ratio
+        size, ratio = proxy_batch_size, gradient_ratio
+        self.proxy_batch_size = None if size is None else check_count("proxy_batch_size", size, minimum=2)
+        self.gradient_ratio = None if ratio is None else check_number("gradient_ratio", ratio, positive=False)
         with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
             self.proxies = UnsizedParameter()
         self._features_of_threads: dict[int, Tensor] = {}
-        self._watch = OptimizerWatch()
-        self._reports = RatioReports()
+        self._watch, self._reports = OptimizerWatch(), RatioReports()
         if embedding_size is not None:
             self._size_proxies(check_count("embedding_size", embedding_size))
         statistics = [*self._sub_loss_names(), "num_triplets", "fraction_active", "num_ancestors"]
@@ -156,6 +152,11 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     def _sub_loss_names(self) -> list[str]:
         return ["sample_loss", "proxy_loss"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._features_of_threads:  # looked up here, because forward may be compiled
+            kwargs.setdefault("neighbor_features", self._features_of_threads.get(get_ident()))
+        return super().__call__(*args, **kwargs)
 
     def forward(
         self,
@@ -178,8 +179,6 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             raise RuntimeError("HIERLoss cannot be exported: it is for training; export the model alone")
         check_embeddings("embeddings", embeddings, self.embedding_size)
         check_labels(labels, len(embeddings))
-        if neighbor_features is None and self._features_of_threads:
-            neighbor_features = self._features_of_threads.get(get_ident())
         if neighbor_features is not None:
             check_embeddings("neighbor_features", neighbor_features)
             if len(neighbor_features) != len(embeddings):
