@@ -184,6 +184,14 @@ def test_up_and_down_are_beyond_the_interval():
     }
 
 
+def test_a_base_loss_that_still_improves_at_the_end_has_no_longer_training_to_compare():
+    lengths = {("cub", "SupCon"): 1, ("cub", "Triplet"): 4}
+    curve = {str(steps): steps for steps in (1, 2, 4)}
+    rows = [{"dataset": "cub", "loss": loss, "curve": curve, "steps": 4} for _, loss in lengths]
+    points = {name: [at(row) for row in rows] for name, at in report.two_lengths(lengths).items()}
+    assert points == {"best length": [1, None], "4 times": [4, None]}
+
+
 # --- trained encoders ---------------------------------------------------------------------------------------
 
 

@@ -5,15 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
 from . import study
-from .training import METHODS, SCORES
-
-matplotlib.use("Agg")
+from .training import METHODS, MOST_STEPS, SCORES
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images" / "evidence"
 SHOWN = {
@@ -66,10 +63,11 @@ def over_cells(gained: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_length(lengths: dict[tuple[str, str], int], multiples: dict[Any, int]) -> Points:
-    """Points at multiples of the best length of the base loss alone, or at the end of the run before that."""
+    """Points at multiples of the best length of the base loss alone, for the runs that have all of them."""
 
     def at(multiple: int, row: Row) -> Any:
-        return row["curve"][str(min(multiple * lengths[row["dataset"], row["loss"]], row["steps"]))]
+        best = lengths[row["dataset"], row["loss"]]
+        return row["curve"][str(multiple * best)] if best * max(multiples.values()) <= row["steps"] else None
 
     return {name: partial(at, multiple) for name, multiple in multiples.items()}
 
@@ -167,7 +165,8 @@ def write(folder: Path, images: Path) -> None:
     rows = study.read("test", folder)
     if not rows:
         return
-    gained = gains(scores(rows, "test", two_lengths(lengths)))
+    still_improving = {f"{MOST_STEPS} steps": lambda row: row["curve"].get(str(MOST_STEPS))}
+    gained = gains(scores(rows, "test", two_lengths(lengths) | still_improving))
     seeds = gained.reset_index("seed").groupby("method", sort=False)["seed"].nunique().to_dict()
     print(f"\nTest classes; seeds: {seeds}\n\n{table(gained)}\n")
     print(without_training_longer(rows, lengths))
