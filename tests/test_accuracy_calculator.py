@@ -121,6 +121,19 @@ def test_bad_taxonomy(taxonomy, message, tmp_path):
         HierarchicalAccuracyCalculator(taxonomy)
 
 
+def test_precision_at_k_needs_k():
+    """Without it, all references are neighbours: the precision would be the same for all embeddings."""
+    embeddings, labels = samples()
+    own = {"knn_func": CustomKNN(CosineSimilarity()), "exclude": ("AMI", "NMI"), "device": torch.device("cpu")}
+    assert "superclass_precision_at_k" not in HierarchicalAccuracyCalculator(TAXONOMY, **own).get_accuracy(
+        embeddings, labels
+    )
+    found = HierarchicalAccuracyCalculator(TAXONOMY, k=3, **own).get_accuracy(embeddings, labels)
+    assert 0 < found["superclass_precision_at_k"] < 1
+    with pytest.raises(ValueError, match="k must be given for superclass_precision_at_k, got None"):
+        HierarchicalAccuracyCalculator(TAXONOMY, include=SCORES)
+
+
 def test_label_without_superclass():
     calculator = HierarchicalAccuracyCalculator({0: 0, 1: 0}, include=SCORES[:1], k=1, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"a superclass for each label, got none for \[2, 3\]"):

@@ -300,6 +300,16 @@ def test_fully_sharded_model_and_losses():
     assert float(ratio) == pytest.approx(0.3, rel=0.01)
 
 
+@pytest.mark.parametrize("ratio", [-0.1, torch.nan, torch.inf, "0.5", True])
+def test_a_bad_ratio_is_refused_also_later(ratio):
+    hier = make_hier(gradient_ratio=0.2)
+    with pytest.raises((TypeError, ValueError), match="gradient_ratio must be a"):
+        hier.gradient_ratio = ratio
+    with pytest.raises((TypeError, ValueError), match="gradient_ratio must be a"):
+        make_hier(gradient_ratio=ratio)
+    assert hier.gradient_ratio == 0.2
+
+
 def test_higher_order_is_refused():
     embeddings, labels = batch()
     (grad,) = torch.autograd.grad(step(embeddings, labels), embeddings, create_graph=True)

@@ -118,6 +118,7 @@ def test_queries(tree):
     cases = [([3], 3), ([3, 4], 6), ([0, 1], 7), ([0, 1, 0], 7), ([1, 2], 8), ([5, 2], 5), (range(5), 8)]
     for nodes, ancestor in cases:
         assert tree.lowest_common_ancestor(nodes) == ancestor
+        assert tree.lowest_common_ancestor(torch.tensor(nodes)) == ancestor
 
 
 def test_common_ancestor_equals_smallest_node_that_holds_the_set():
@@ -294,6 +295,8 @@ def test_bad_queries(tree):
         tree.lowest_common_ancestor([])
     with pytest.raises(ValueError, match="names must be 5"):
         tree.to_newick(["a"])
+    with pytest.raises(TypeError, match="names must be a sequence in the order of the leaves, got a mapping"):
+        tree.to_newick(dict(enumerate("abcde")))
     for distances in (torch.zeros(4, 2), torch.full((2, 5), math.nan)):
         with pytest.raises(ValueError, match=r"distances must have shape \(M, 5\), without NaN"):
             tree.place(distances)

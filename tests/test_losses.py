@@ -540,6 +540,26 @@ def test_the_report_points_at_the_training_loop():
     assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize(("sizes", "reported"), [([20] * 10, True), ([20] * 9 + [21, 20], False)])
+def test_batches_that_are_too_small_are_reported(sizes, reported):
+    """All embeddings of such a batch are neighbours of each other, so there is no negative."""
+    loss_func = small(collect_stats=True)
+    others = [small().eval(), small(miner=miners.BatchHardMiner())]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for size in sizes:
+            loss_func(*batch(n=size)).backward()
+            assert (loss_func.sample_loss > 0) == (size > 20)
+            for other in others:
+                other(*batch(n=size)).backward()
+        if reported:
+            loss_func(*batch(n=20))
+    assert len(caught) == reported
+    if reported:
+        assert "the last of 20 embeddings, were not larger than num_neighbors=20" in str(caught[0].message)
+        assert caught[0].filename == __file__
+
+
 def test_loading_a_state_dict_starts_the_count_again():
     """Loading changes the proxies, as an optimizer would; what comes afterwards counts."""
     loss_func = small()

@@ -1,6 +1,7 @@
 """Neighbours among other features than the embeddings: whose, for how long, and what is refused."""
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -78,6 +79,20 @@ def test_in_multiple_losses_and_until_the_block_ends(embeddings, features):
     with pytest.raises(KeyError), hier.neighbors_from(features):
         raise KeyError
     assert torch.equal(both(embeddings, labels), without)
+
+
+def test_a_block_without_a_call_is_reported(embeddings, features):
+    hier = make_hier()
+    message = "ended without a call of its HIERLoss"
+    with pytest.warns(UserWarning, match=message) as caught, hier.neighbors_from(features):
+        make_hier()(embeddings)
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with hier.neighbors_from(features):
+            hier(embeddings)
+        with pytest.raises(KeyError), hier.neighbors_from(features):
+            raise KeyError
 
 
 def test_nested_blocks_and_two_losses(embeddings, features):

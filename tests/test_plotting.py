@@ -333,6 +333,8 @@ def test_plot_errors():
         plotting.plot_disk(tree, labels=[1, 2])
     with pytest.raises(ValueError, match="names must be 10"):
         plotting.plot_disk(tree, names=["a"])
+    with pytest.raises(TypeError, match="names must be a sequence in the order of the leaves, got a mapping"):
+        plotting.plot_disk(tree, names=dict(enumerate("abcdefghij")))
     with pytest.raises(ValueError, match="images must be 10"):
         plotting.plot_disk(tree, images=np.zeros((3, 4, 4)))
     with pytest.raises(ValueError, match=r"images must be \(H, W\)"):

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import geoopt
@@ -77,6 +78,15 @@ def check_labels(labels: Tensor | None, count: int) -> None:
         raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
     if (shape := tuple(labels.shape)) != (count,):
         raise ValueError(f"labels must have shape ({count},), one for each embedding, got shape {shape}")
+
+
+def check_names(names: Any, count: int) -> list[str]:
+    """Return a name for each of ``count`` leaves."""
+    if isinstance(names, Mapping):
+        raise TypeError("names must be a sequence in the order of the leaves, got a mapping")
+    if len(names) != count:
+        raise ValueError(f"names must be {count}, one for each leaf, got {len(names)}")
+    return [str(name) for name in names]
 
 
 def to_numpy(values: Any) -> np.ndarray:

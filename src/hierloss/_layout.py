@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ._checks import check_count, to_numpy, to_vector
+from ._checks import check_count, check_names, to_numpy, to_vector
 from .hierarchy import Hierarchy
 
 Names = Sequence[str] | Mapping[Any, str] | None
@@ -29,10 +29,8 @@ class Leaves:
         elif names is None and own is not None and not repeated:
             groups, index = grouped(own, count, class_names if labels is None else None, "leaf")
             names = [groups[group] for group in index]
-        if names is not None and len(names) != count:
-            raise ValueError(f"names must be {count}, one for each leaf, got {len(names)}")
         self.named, self.labelled = names is not None, labels is not None
-        self.names = [str(name) for name in (range(count) if names is None else names)]
+        self.names = check_names(range(count) if names is None else names, count)
         self.groups, self.index = grouped(labels, count, class_names, "leaf")
         self.below = [tree.leaf_order[start:stop] for start, stop in tree.spans]
 

@@ -1,4 +1,4 @@
-"""What HIERLoss warns of: proxies that no optimizer has, and a gradient ratio without effect or too large."""
+"""What HIERLoss warns of: forgotten proxies, small batches, and a gradient ratio without effect or too large."""
 
 import warnings
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _FORGOTTEN_AFTER = 100  # updates of the model without an update of the proxies, before the warning is given
+_SMALL_AFTER = 10  # consecutive batches without triplets: the last batch of an epoch can be small
 _LARGE_AFTER = 100  # consecutive backward passes with a gradient larger than all others, before a warning
 
 
@@ -59,12 +60,26 @@ def _first_version(embeddings: Tensor) -> int | None:
     return None if node is None else node.variable._version
 
 
-class RatioReports:
-    """The warnings of a loss about its gradient ratio, each given once."""
+class Reports:
+    """The other warnings of a loss, each given once."""
 
     def __init__(self) -> None:
-        self._told_alone = self._told_large = False
-        self._large_in_a_row = 0
+        self._told_alone = self._told_large = self._told_small = False
+        self._large_in_a_row = self._small_in_a_row = 0
+
+    def batch(self, size: int, num_neighbors: int) -> None:
+        """The size of a training batch, in which all may be neighbours of each other."""
+        if self._told_small or torch.compiler.is_compiling():
+            return
+        self._small_in_a_row = self._small_in_a_row + 1 if size <= num_neighbors else 0
+        if self._small_in_a_row == _SMALL_AFTER:
+            self._told_small = True
+            warnings.warn(
+                f"HIERLoss has no triplets of embeddings: {_SMALL_AFTER} batches in a row, the last of {size} "
+                f"embeddings, were not larger than num_neighbors={num_neighbors}. Use a larger batch, or "
+                "HIERLoss(miner=ReciprocalNeighborMiner(num_neighbors=...)), well below the size of the batch",
+                stacklevel=6,  # the line that calls the loss
+            )
 
     def alone(self, ratio: float | None) -> None:
         """No other loss used the same tensor."""

@@ -29,12 +29,12 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
         taxonomy: superclass of each label: a mapping to one superclass, or to several from fine to coarse, as many
             for each label; or a text file of a tree whose leaves are the labels. Each line is ``parent child``.
             There must be one root; it is not a superclass.
-        **kwargs: PML's options: ``include``, ``knn_func``, ``device``, and so on;
-            ``superclass_precision_at_k`` needs a number for ``k``.
+        **kwargs: PML's options: ``include``, ``knn_func``, ``device`` and so on. Without ``k``, all references are
+            neighbours, so ``superclass_precision_at_k`` is left out.
 
     Raises:
-        ValueError: a taxonomy without superclasses, or with different numbers of them; in use, a label that it
-            does not have.
+        ValueError: a taxonomy without superclasses, or with different numbers of them; ``include`` with
+            ``superclass_precision_at_k`` but no ``k``; in use, a label that the taxonomy does not have.
 
     Example:
         >>> scores = ("superclass_precision_at_1", "hierarchical_average_precision")
@@ -47,6 +47,10 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
     """
 
     def __init__(self, taxonomy: Mapping[int, Any] | str | PathLike[str], **kwargs: Any) -> None:
+        if kwargs.get("k") is None:
+            if (at_k := "superclass_precision_at_k") in kwargs.get("include", ()):
+                raise ValueError(f"k must be given for {at_k}, got None: it would be the same for all embeddings")
+            kwargs["exclude"] = [*kwargs.get("exclude", ()), at_k]
         super().__init__(**kwargs)
         given = taxonomy if isinstance(taxonomy, Mapping) else _read_edges(Path(taxonomy))
         chains = [np.ravel(to_numpy(above)).tolist() for above in given.values()]

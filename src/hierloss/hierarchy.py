@@ -8,6 +8,7 @@ Conventions of this file
 """
 
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_finite, check_number, to_numpy, to_vector
+from ._checks import check_count, check_finite, check_names, check_number, to_numpy, to_vector
 
 if TYPE_CHECKING:
     import networkx
@@ -331,9 +332,8 @@ class Hierarchy:
             names = [str(label) for label in ([] if self.leaf_labels is None else self.leaf_labels.tolist())]
             if len(set(names)) < self.num_leaves:
                 names = [str(leaf) for leaf in range(self.num_leaves)]
-        elif len(names) != self.num_leaves:
-            raise ValueError(f"names must be {self.num_leaves}, one for each leaf, got {len(names)}")
-        parts = [name if name.isdecimal() else "'" + name.replace("'", "''") + "'" for name in map(str, names)]
+        names = check_names(names, self.num_leaves)
+        parts = [name if name.isdecimal() else "'" + name.replace("'", "''") + "'" for name in names]
         for node, children in enumerate(self._merges.tolist(), self.num_leaves):
             lengths = (self.heights[node] - self.heights[list(children)]).tolist()
             below = ",".join(f"{parts[child]}:{length}" for child, length in zip(children, lengths, strict=True))
@@ -363,9 +363,13 @@ class Hierarchy:
 
     def _node(self, node: Any) -> int:
         """The node as a Python number; an error if there is no such node."""
-        if not isinstance(node, (int, np.integer)) or not 0 <= node < self.num_nodes:
+        try:
+            number = operator.index(node)  # of tensors too
+        except TypeError:
+            number = -1
+        if not 0 <= number < self.num_nodes:
             raise ValueError(f"node must be a whole number from 0 to {self.num_nodes - 1}, got {node!r}")
-        return int(node)
+        return number
 
 
 def _class_means(rows: Tensor, index: np.ndarray, count: int) -> Tensor:

@@ -1,9 +1,7 @@
 """The HIER regularizer as a PML loss."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -15,7 +13,8 @@ from torch import Tensor
 
 from . import functional, poincare
 from ._checks import MIN_TEMPERATURE, check_count, check_embeddings, check_finite, check_labels, check_number
-from ._warnings import OptimizerWatch, RatioReports
+from ._neighbor_features import NeighborFeatures
+from ._warnings import OptimizerWatch, Reports
 from .distances import PoincareDistance
 from .gradient_ratio import hold_gradient_ratio
 from .hierarchy import Hierarchy
@@ -127,19 +126,28 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if not (proxy_miner is None or isinstance(proxy_miner, ReciprocalNeighborMiner)):
             raise TypeError(f"proxy_miner must be a ReciprocalNeighborMiner, got {type(proxy_miner).__name__}")
         self.proxy_miner = proxy_miner
-        size, ratio = proxy_batch_size, gradient_ratio
+        size = proxy_batch_size
         self.proxy_batch_size = None if size is None else check_count("proxy_batch_size", size, minimum=2)
-        self.gradient_ratio = None if ratio is None else check_number("gradient_ratio", ratio, positive=False)
+        self.gradient_ratio = gradient_ratio
         with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
             self.proxies = UnsizedParameter()
-        self._features_of_threads: dict[int, Tensor] = {}
-        self._watch, self._reports = OptimizerWatch(), RatioReports()
+        self._neighbor_features = NeighborFeatures()
+        self._watch, self._reports = OptimizerWatch(), Reports()
         if embedding_size is not None:
             self._size_proxies(check_count("embedding_size", embedding_size))
         statistics = [*self._sub_loss_names(), "num_triplets", "fraction_active", "num_ancestors"]
         statistics += ["fraction_clipped", "unscaled_gradient_ratio"]
         self.add_to_recordable_attributes(list_of_names=["num_proxies", "margin", "temperature", "gradient_ratio"])
         self.add_to_recordable_attributes(list_of_names=statistics, is_stat=True)
+
+    @property
+    def gradient_ratio(self) -> float | None:
+        """See the argument. It can change during training."""
+        return self._gradient_ratio
+
+    @gradient_ratio.setter
+    def gradient_ratio(self, ratio: float | None) -> None:
+        self._gradient_ratio = None if ratio is None else check_number("gradient_ratio", ratio, positive=False)
 
     @property
     def embedding_size(self) -> int | None:
@@ -154,8 +162,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         return ["sample_loss", "proxy_loss"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._features_of_threads:  # looked up here, because forward may be compiled
-            kwargs.setdefault("neighbor_features", self._features_of_threads.get(get_ident()))
+        if self._neighbor_features:  # looked up here, because forward may be compiled
+            kwargs.setdefault("neighbor_features", self._neighbor_features.take())
         return super().__call__(*args, **kwargs)
 
     def forward(
@@ -195,6 +203,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             )
         if self.training:
             self._watch.check(self.proxies, embeddings)
+            if type(self.miner) is ReciprocalNeighborMiner:
+                self._reports.batch(len(embeddings), self.miner.num_neighbors)
         held = hold_gradient_ratio(
             embeddings,
             self.gradient_ratio,
@@ -302,8 +312,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if self.distance.normalize_embeddings and radius is not None:
             self.fraction_clipped = float((embeddings.detach().norm(dim=1) >= radius).float().mean())
 
-    @contextmanager
-    def neighbors_from(self, features: Tensor) -> Iterator[None]:
+    def neighbors_from(self, features: Tensor) -> AbstractContextManager[None]:
         """Find neighbours by Euclidean distances of other features than the embeddings, in a ``with`` block.
 
         Features of a frozen backbone, for instance, do not change during training. Labels are used as before.
@@ -322,15 +331,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             ...     loss = loss_func(head(backbone), labels)
         """
         check_embeddings("features", features)
-        thread = get_ident()
-        before = self._features_of_threads.get(thread)
-        self._features_of_threads[thread] = features
-        try:
-            yield
-        finally:
-            del self._features_of_threads[thread]
-            if before is not None:
-                self._features_of_threads[thread] = before
+        return self._neighbor_features.use(features)
 
     def _record_ratio(self, ratio: Tensor) -> None:
         self.unscaled_gradient_ratio = float(ratio)

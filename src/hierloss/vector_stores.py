@@ -6,6 +6,7 @@ Conventions of this file
     - The store searches by inner product (``dot``, ``ip``) and does not normalize vectors.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,12 +50,12 @@ def query_vectors(query: Tensor, distance: PoincareDistance) -> Tensor:
 
 
 @torch.no_grad()
-def rerank(query: Tensor, candidates: Tensor, distance: PoincareDistance) -> tuple[Tensor, Tensor]:
+def rerank(query: Tensor, candidates: Tensor | np.ndarray, distance: PoincareDistance) -> tuple[Tensor, Tensor]:
     """Order the candidates of each query by hyperbolic distance, in float64 from the float32 vectors.
 
     Args:
         query: finite embeddings of shape ``(N, D)``.
-        candidates: the stored vectors that the store found, of shape ``(N, K, D + 2)``.
+        candidates: the stored vectors that the store found, a tensor or array of shape ``(N, K, D + 2)``.
         distance: the same as for `stored_vectors`.
 
     Returns:
@@ -66,6 +67,7 @@ def rerank(query: Tensor, candidates: Tensor, distance: PoincareDistance) -> tup
         tensor([[0, 2, 1]])
     """
     x = _points("query", query, distance)
+    candidates = torch.as_tensor(candidates)
     n, columns = len(query), query.shape[1] + 2
     if candidates.ndim != 3 or (len(candidates), candidates.shape[2]) != (n, columns):
         expected = f"({n}, K, {columns}), vectors of stored_vectors"
