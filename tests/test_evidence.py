@@ -80,7 +80,7 @@ def test_batches_are_the_same_for_every_method_and_balanced():
     assert len(labels[rows].unique()) == 18
 
 
-@pytest.mark.parametrize("name", [*training.METHODS])
+@pytest.mark.parametrize("name", [name for name, method in training.METHODS.items() if method.head])
 def test_every_method_starts_alike_and_changes_the_training(name, folder):
     parts = split_of(folder)
     run = partial(training.run, parts, "SupCon", seed=0, steps=4, test=True)
@@ -91,6 +91,13 @@ def test_every_method_starts_alike_and_changes_the_training(name, folder):
     assert run(method=training.METHODS[name]) == curve
     assert set(curve["4"]) == {"validation", "test"}
     assert set(run(method=training.METHODS[name], test=False)["4"]) == {"validation"}
+
+
+def test_the_frozen_features_are_scored_as_they_are(folder):
+    parts = split_of(folder)
+    curve = training.run(parts, "SupCon", training.METHODS["frozen features"], 0, 4, test=True)
+    assert curve == {"0": {name: training.scores(torch.nn.Identity(), part, 0) for name, part in
+                           (("validation", parts.validation), ("test", parts.test))}}  # fmt: skip
 
 
 @pytest.mark.parametrize("loss", training.LOSSES)
@@ -140,20 +147,21 @@ def test_the_whole_study_and_resuming(folder, monkeypatch, capsys):
         )
     )
     assert study.best_lengths(folder / "runs") == {("cub", "SupCon"): 1}
-    methods = ["--methods", "none", "ratio 0.3, frozen", "ratio 1.0, frozen"]
+    methods = ["--methods", "none", "frozen features", "ratio 0.3, frozen", "ratio 1.0, frozen"]
     main(monkeypatch, "validate", "--data", folder, *common, *methods)
     main(monkeypatch, "test", "--data", folder, *common, *methods, "--seeds", 1)
     first = (folder / "runs" / "test.jsonl").read_text()
-    assert first.count("\n") == 3
+    assert first.count("\n") == 4
     main(monkeypatch, "test", "--data", folder, *common, *methods, "--seeds", 3)
     text = (folder / "runs" / "test.jsonl").read_text()
     assert text.startswith(first)
-    assert text.count("\n") == 9
+    assert text.count("\n") == 12
     assert "test" not in study.read("validate", folder / "runs")[0]["curve"]["4"]
     main(monkeypatch, "report", "--folder", folder / "runs", "--images", images)
     printed = capsys.readouterr().out
     rows = study.read("test", folder / "runs")
-    scores = {(row["method"], row["seed"]): row["curve"]["4"]["test"]["H-AP"] for row in rows}
+    trained = [row for row in rows if row["method"] != "frozen features"]
+    scores = {(row["method"], row["seed"]): row["curve"]["4"]["test"]["H-AP"] for row in trained}
     gains = [scores["ratio 0.3, frozen", seed] - scores["none", seed] for seed in range(3)]
     interval = stats.ttest_rel(*([scores[m, s] for s in range(3)] for m in ("ratio 0.3, frozen", "none")))
     low, high = interval.confidence_interval(0.95)
@@ -163,6 +171,9 @@ def test_the_whole_study_and_resuming(folder, monkeypatch, capsys):
     assert (mean, half, seeds) == pytest.approx((np.mean(gains), (high - low) / 2, 3), abs=2e-3)
     assert "| ratio 0.3, frozen | 4 times |" in printed
     assert "| none, stopped early |" in printed
+    features = [row["curve"]["0"]["test"]["R@1"] for row in rows if row["method"] == "frozen features"]
+    assert f"| frozen features, not trained | {np.mean(features):.2f} |" in printed
+    assert "frozen features, stopped early" not in printed
     assert (images / "gain.png").stat().st_size > 5000
 
 

@@ -67,7 +67,7 @@ def by_length(lengths: dict[tuple[str, str], int], multiples: dict[Any, int]) ->
 
     def at(multiple: int, row: Row) -> Any:
         best = lengths[row["dataset"], row["loss"]]
-        return row["curve"][str(multiple * best)] if best * max(multiples.values()) <= row["steps"] else None
+        return row["curve"].get(str(multiple * best)) if best * max(multiples.values()) <= row["steps"] else None
 
     return {name: partial(at, multiple) for name, multiple in multiples.items()}
 
@@ -106,18 +106,20 @@ def table(gained: pd.DataFrame) -> str:
 
 
 def without_training_longer(rows: list[Row], lengths: dict[tuple[str, str], int]) -> str:
-    """What a user can do without HIER: the frozen features' head as it is, and early stopping on validation.
+    """What a user can do without HIER: the frozen features, an untrained head, early stopping on validation.
 
     Means over the runs that all methods of the picture have.
     """
-    rows = [row for row in rows if row["method"] in {"none", *SHOWN}]
+    rows = [row for row in rows if row["method"] in {"none", "frozen features", *SHOWN}]
     options = {
-        "not trained": lambda row: row["curve"]["0"] if row["method"] == "none" else None,
-        "stopped early": lambda row: max(row["curve"].values(), key=lambda found: found["validation"]["MAP@R"]),
+        "not trained": lambda row: row["curve"]["0"] if row["method"] not in SHOWN else None,
+        "stopped early": lambda row: (
+            len(row["curve"]) > 1 and max(row["curve"].values(), key=lambda at: at["validation"]["MAP@R"])
+        ),
     } | two_lengths(lengths)
     found = scores(rows, "test", options)
     runs = found.xs("best length", level="length").groupby([*CELL, "seed"])[SCORES[0]].size()
-    common = runs.index[runs == found.index.unique("method").size]
+    common = runs.index[runs == runs.max()]
     found = found[found.index.droplevel(["length", "method"]).isin(common)]
     means = found.groupby(["method", "length"], sort=False).mean()
     order = [(m, o) for m in METHODS for o in options if (m, o) in means.index]

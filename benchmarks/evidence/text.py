@@ -16,24 +16,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pytorch_metric_learning import losses, miners
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
 
 from hierloss import HIERLoss, PoincareDistance
 
-from . import curves
+from . import curves, training
 from .data import Part
 from .training import make_batches, scores
 
 LR, PROXY_LR = 2e-5, 1e-2
 """AdamW's learning rates of the encoder, and of class proxies and hierarchical proxies."""
 CHECKPOINTS = (0, 20, 40, 80, 160, 320)
-LOSSES = {
-    "ProxyAnchor": lambda classes, size: (losses.ProxyAnchorLoss(classes, size), None),
-    "MultiSimilarity": lambda *_: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
-}
+LOSSES = {name: training.LOSSES[name] for name in ("ProxyAnchor", "MultiSimilarity")}
 
 
 class Texts(NamedTuple):

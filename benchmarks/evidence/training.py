@@ -25,12 +25,12 @@ H_AP_SAMPLES = 1000
 """Samples, drawn at random, among which H-AP is computed: its time grows with their square."""
 SCORES = ("R@1", "MAP@R", "superclass P@20", "H-AP")
 
-LOSSES: dict[str, Callable[[int], tuple[nn.Module, nn.Module | None]]] = {
-    "ProxyAnchor": lambda classes: (losses.ProxyAnchorLoss(classes, EMBEDDING_SIZE), None),
-    "NormalizedSoftmax": lambda classes: (losses.NormalizedSoftmaxLoss(classes, EMBEDDING_SIZE), None),
-    "SupCon": lambda _: (losses.SupConLoss(), None),
-    "MultiSimilarity": lambda _: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
-    "Triplet": lambda _: (losses.TripletMarginLoss(margin=0.1), miners.TripletMarginMiner(margin=0.1)),
+LOSSES: dict[str, Callable[[int, int], tuple[nn.Module, nn.Module | None]]] = {
+    "ProxyAnchor": lambda classes, size: (losses.ProxyAnchorLoss(classes, size), None),
+    "NormalizedSoftmax": lambda classes, size: (losses.NormalizedSoftmaxLoss(classes, size), None),
+    "SupCon": lambda *_: (losses.SupConLoss(), None),
+    "MultiSimilarity": lambda *_: (losses.MultiSimilarityLoss(), miners.MultiSimilarityMiner()),
+    "Triplet": lambda *_: (losses.TripletMarginLoss(margin=0.1), miners.TripletMarginMiner(margin=0.1)),
 }
 
 
@@ -40,12 +40,10 @@ class Method:
 
     hier: bool = True
     distill: bool = False
-    ratio: float | None = None
-    """Of the gradients at the embeddings; ``None`` is lambda = 1."""
-    frozen: bool = False
-    """Neighbours among the frozen features instead of the embeddings."""
-    schedule: str = "constant"
-    """Or "rising", "falling"."""
+    head: bool = True  # otherwise, the frozen features themselves are scored
+    ratio: float | None = None  # of the gradients at the embeddings; None is lambda = 1
+    frozen: bool = False  # neighbours among the frozen features instead of the embeddings
+    schedule: str = "constant"  # or "rising", "falling"
     num_proxies: int = 64
     triplets_per_anchor: int = 50
     proxy_batch_size: int | None = None
@@ -56,6 +54,7 @@ FROZEN = replace(OWN, frozen=True)
 NEIGHBORS = {"": OWN, ", frozen": FROZEN}
 METHODS: dict[str, Method] = {
     "none": Method(hier=False),
+    "frozen features": Method(hier=False, head=False),
     "lambda 1": Method(),
     **{f"ratio {r}{name}": replace(own, ratio=r) for name, own in NEIGHBORS.items() for r in (0.1, 0.3, 1.0)},
     **{f"distillation {ratio}": Method(hier=False, distill=True, ratio=ratio) for ratio in (0.3, 1.0)},
@@ -93,10 +92,13 @@ def train(
 
     Equal seeds mean equal initial weights and equal batches, whatever the method is.
     """
+    if not method.head:
+        yield 0, nn.Identity(), make_hier(method)
+        return
     torch.manual_seed(seed)
     features, labels = data.features, data.taxonomy[:, 0].unique(return_inverse=True)[1]
     head = make_head(features.shape[1])
-    base, miner = LOSSES[loss](int(labels.max()) + 1)
+    base, miner = LOSSES[loss](int(labels.max()) + 1, EMBEDDING_SIZE)
     hier = make_hier(method)
     optimizer = torch.optim.Adam(
         [
