@@ -162,8 +162,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         return ["sample_loss", "proxy_loss"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._neighbor_features:  # looked up here, because forward may be compiled
-            kwargs.setdefault("neighbor_features", self._neighbor_features.take())
+        if self._neighbor_features and kwargs.get("neighbor_features") is None:
+            kwargs["neighbor_features"] = self._neighbor_features.take()  # not in forward, which may be compiled
         return super().__call__(*args, **kwargs)
 
     def forward(
