@@ -85,7 +85,6 @@ def test_a_block_without_a_call_is_reported(embeddings, features):
     hier = make_hier()
     message = "ended without a call of its HIERLoss"
     with pytest.warns(UserWarning, match=message) as caught, hier.neighbors_from(features):
-        make_hier()(embeddings)
         hier(embeddings, neighbor_features=features)  # has features of its own
     assert [warning.filename for warning in caught] == [__file__]
     with warnings.catch_warnings():
