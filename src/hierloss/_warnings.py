@@ -77,7 +77,7 @@ class Reports:
             warnings.warn(
                 f"HIERLoss has no triplets of embeddings: {_SMALL_AFTER} batches in a row, the last of {size} "
                 f"embeddings, were not larger than num_neighbors={num_neighbors}. Use larger batches or fewer "
-                "neighbours, well below the batch size: HIERLoss(miner=ReciprocalNeighborMiner(num_neighbors=...))",
+                "neighbours, well below that size: HIERLoss(miner=ReciprocalNeighborMiner(num_neighbors=...))",
                 stacklevel=6,  # the line that calls the loss
             )
 
