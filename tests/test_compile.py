@@ -82,6 +82,17 @@ def test_batches_of_other_sizes():
 
 
 @pytest.mark.slow
+def test_features_for_neighbours_in_one_graph():
+    """They are looked up outside: the number of a thread cannot be traced."""
+    embeddings, features = torch.randn(30, 8, requires_grad=True), torch.randn(30, 5)
+    hier = HIERLoss(16, 8, gradient_ratio=None).eval()
+    expected = hier(embeddings, neighbor_features=features)
+    assert not torch.isclose(hier(embeddings), expected)
+    hier.compile(fullgraph=True, backend="aot_eager")
+    with hier.neighbors_from(features):
+        torch.testing.assert_close(hier(embeddings), expected)
+
+
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C compiler")
 def test_inductor():
     """The default backend, on the core with given noise: it draws random numbers of its own."""

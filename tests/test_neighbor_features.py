@@ -110,14 +110,6 @@ def test_nested_blocks_and_two_losses(embeddings, features):
     assert torch.equal(first(embeddings), plain)
 
 
-def test_compiled_in_one_graph(embeddings, features):
-    hier = make_hier(gradient_ratio=None)
-    of_features = hier(embeddings, neighbor_features=features)
-    hier.compile(fullgraph=True, backend="eager")
-    with hier.neighbors_from(features):
-        torch.testing.assert_close(hier(embeddings), of_features)
-
-
 def test_each_thread_has_its_own(embeddings):
     hier, results, barrier = make_hier(), {}, threading.Barrier(3)
     of_thread = {seed: torch.randn(B, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2)}
