@@ -31,7 +31,7 @@ test-benchmarks: ## Test the retrieval benchmarks, in an environment of their ow
 
 test-lowest: .venv-lowest/stamp ## Run the tests with the lowest versions, on Python 3.10
 	.venv-lowest/bin/python -m pytest --ignore tests/test_package.py --ignore tests/test_examples.py \
-		--ignore tests/test_retrieval_benchmarks.py --ignore tests/test_docs.py
+		--ignore tests/test_retrieval_benchmarks.py --ignore tests/test_docs.py --ignore tests/test_evidence.py --ignore docs/logging.md
 
 .venv-lowest/stamp: pyproject.toml requirements-lowest.txt
 	python3.10 -m venv .venv-lowest

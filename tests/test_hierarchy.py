@@ -114,7 +114,7 @@ def test_queries(tree):
     assert [tree.children(node) for node in (0, 5, 6, 8)] == [(), (2, 3), (4, 5), (6, 7)]
     assert tree.sizes.tolist() == [1, 1, 1, 1, 1, 2, 3, 2, 5]
     assert [tree.leaves(node).tolist() for node in (3, 6, 7, 8)] == [[3], [2, 3, 4], [0, 1], [0, 1, 2, 3, 4]]
-    assert tree.leaf_order.tolist() == leaves_list(tree.linkage).tolist() == [4, 2, 3, 0, 1]
+    assert tree.leaf_order.tolist() == leaves_list(tree.linkage.copy()).tolist() == [4, 2, 3, 0, 1]
     cases = [([3], 3), ([3, 4], 6), ([0, 1], 7), ([0, 1, 0], 7), ([1, 2], 8), ([5, 2], 5), (range(5), 8)]
     for nodes, ancestor in cases:
         assert tree.lowest_common_ancestor(nodes) == ancestor

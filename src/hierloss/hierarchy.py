@@ -210,9 +210,9 @@ class Hierarchy:
     @cached_property
     def leaf_order(self) -> np.ndarray:
         """The leaves from left to right, such that the leaves under each node are contiguous."""
-        from scipy.cluster.hierarchy import leaves_list
+        from scipy.cluster.hierarchy import leaves_list  # old versions of SciPy refuse read-only arrays
 
-        return _read_only(leaves_list(self.linkage).astype(np.int64))
+        return _read_only(leaves_list(self.linkage.copy()).astype(np.int64))
 
     @cached_property
     def spans(self) -> np.ndarray:
@@ -271,9 +271,12 @@ class Hierarchy:
         if num_groups is not None:
             if check_count("num_groups", num_groups) > self.num_leaves:
                 raise ValueError(f"num_groups must be at most num_leaves={self.num_leaves}, got {num_groups}")
-            groups = fcluster(self.linkage, num_groups, "maxclust")
+            # Not criterion="maxclust": before version 1.15, SciPy often makes fewer groups.
+            joined = self.num_leaves - num_groups
+            limit = self.linkage[joined - 1, 2] if joined else -1.0
         else:
-            groups = fcluster(self.linkage, check_number("height", height, positive=False), "distance")
+            limit = check_number("height", height, positive=False)
+        groups = fcluster(self.linkage.copy(), limit, "distance")
         numbers = {group: number for number, group in enumerate(dict.fromkeys(groups.tolist()))}
         return np.array([numbers[group] for group in groups.tolist()])
 

@@ -181,7 +181,7 @@ def plot_dendrogram(tree: Hierarchy, *, max_leaves: int = 200, ax: "Axes | None"
     if ax is None:
         row = _LINE / 72 if leaves.named else 0.05
         ax = _new_axes(9, max(4.5, 1.5 + 0.03 * len(leaves.groups) + row * count))
-    drawn = scipy.dendrogram(tree.linkage, count, "lastp", orientation="left", no_labels=True, ax=ax,
+    drawn = scipy.dendrogram(tree.linkage.copy(), count, "lastp", orientation="left", no_labels=True, ax=ax,
                              link_color_func=lambda node: leaves.color(leaves.below[node]))  # fmt: skip
     members = [leaves.below[node] for node in drawn["leaves"]]
     low, high = tree.linkage[-count + 1, 2], tree.linkage[-1, 2]
