@@ -81,7 +81,6 @@ def test_batches_of_other_sizes():
         assert compiled(torch.randn(size, 8), torch.arange(size) % 5).isfinite()
 
 
-@pytest.mark.slow
 def test_features_for_neighbours_in_one_graph():
     """They are looked up outside: the number of a thread cannot be traced."""
     embeddings, features = torch.randn(30, 8, requires_grad=True), torch.randn(30, 5)
@@ -93,6 +92,7 @@ def test_features_for_neighbours_in_one_graph():
         torch.testing.assert_close(hier(embeddings), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C compiler")
 def test_inductor():
     """The default backend, on the core with given noise: it draws random numbers of its own."""

@@ -210,8 +210,9 @@ class Hierarchy:
     @cached_property
     def leaf_order(self) -> np.ndarray:
         """The leaves from left to right, such that the leaves under each node are contiguous."""
-        from scipy.cluster.hierarchy import leaves_list  # old versions of SciPy refuse read-only arrays
+        from scipy.cluster.hierarchy import leaves_list
 
+        # A copy, here and elsewhere: before version 1.14, SciPy refuses read-only arrays.
         return _read_only(leaves_list(self.linkage.copy()).astype(np.int64))
 
     @cached_property
@@ -273,7 +274,7 @@ class Hierarchy:
                 raise ValueError(f"num_groups must be at most num_leaves={self.num_leaves}, got {num_groups}")
             # Not criterion="maxclust": before version 1.15, SciPy often makes fewer groups.
             joined = self.num_leaves - num_groups
-            limit = self.linkage[joined - 1, 2] if joined else -1.0
+            limit = self.linkage[joined - 1, 2] if joined else -1.0  # below all heights
         else:
             limit = check_number("height", height, positive=False)
         groups = fcluster(self.linkage.copy(), limit, "distance")
