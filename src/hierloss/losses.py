@@ -1,7 +1,10 @@
 """The HIER regularizer as a PML loss."""
 
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -13,7 +16,6 @@ from torch import Tensor
 
 from . import functional, poincare
 from ._checks import MIN_TEMPERATURE, check_count, check_embeddings, check_finite, check_labels, check_number
-from ._neighbor_features import NeighborFeatures
 from ._warnings import OptimizerWatch, Reports
 from .distances import PoincareDistance
 from .gradient_ratio import hold_gradient_ratio
@@ -131,7 +133,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self.gradient_ratio = gradient_ratio
         with torch.inference_mode(False):  # parameters created in inference mode cannot be trained
             self.proxies = UnsizedParameter()
-        self._neighbor_features = NeighborFeatures()
+        self._features: dict[int, Tensor] = {}  # of neighbors_from, by thread
+        self._unused: set[int] = set()  # threads in a block of neighbors_from without a call so far
         self._watch, self._reports = OptimizerWatch(), Reports()
         if embedding_size is not None:
             self._size_proxies(check_count("embedding_size", embedding_size))
@@ -162,8 +165,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         return ["sample_loss", "proxy_loss"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._neighbor_features and kwargs.get("neighbor_features") is None:
-            kwargs["neighbor_features"] = self._neighbor_features.take()  # not in forward, which may be compiled
+        if self._features and kwargs.get("neighbor_features") is None:  # not in forward, which may be compiled
+            self._unused.discard(get_ident())
+            kwargs["neighbor_features"] = self._features.get(get_ident())
         return super().__call__(*args, **kwargs)
 
     def forward(
@@ -312,7 +316,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if self.distance.normalize_embeddings and radius is not None:
             self.fraction_clipped = float((embeddings.detach().norm(dim=1) >= radius).float().mean())
 
-    def neighbors_from(self, features: Tensor) -> AbstractContextManager[None]:
+    @contextmanager
+    def neighbors_from(self, features: Tensor) -> Iterator[None]:
         """Find neighbours by Euclidean distances of other features than the embeddings, in a ``with`` block.
 
         Features of a frozen backbone, for instance, do not change during training. Labels are used as before.
@@ -331,7 +336,23 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             ...     loss = loss_func(head(backbone), labels)
         """
         check_embeddings("features", features)
-        return self._neighbor_features.use(features)
+        thread = get_ident()
+        outer = self._features.get(thread)
+        self._features[thread] = features
+        self._unused.add(thread)
+        try:
+            yield
+            if thread in self._unused:
+                warnings.warn(
+                    "a neighbors_from block ended without a call of its HIERLoss, so its features had no effect; "
+                    "call the loss within the block",
+                    stacklevel=3,  # the with statement
+                )
+        finally:
+            self._unused.discard(thread)
+            del self._features[thread]
+            if outer is not None:
+                self._features[thread] = outer
 
     def _record_ratio(self, ratio: Tensor) -> None:
         self.unscaled_gradient_ratio = float(ratio)
