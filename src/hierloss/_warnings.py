@@ -17,10 +17,6 @@ class OptimizerWatch:
     """
 
     def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Restart the count, after something other than an optimizer has changed the proxies."""
         self._updates: int | None = 0
         self._versions: tuple[int, int | None] | None = None
 

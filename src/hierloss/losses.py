@@ -424,7 +424,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if self.embedding_size is None:
             self._size_proxies(embeddings.shape[1], embeddings)
         self.proxies.copy_(values)
-        self._watch.restart()
+        self._watch = OptimizerWatch()  # no optimizer made this change of the proxies
 
     def _size_proxies(self, embedding_size: int, like: Tensor | None = None) -> None:
         """Initialize the proxies at random, on the device of ``like`` and in its dtype if that is float64."""
@@ -462,7 +462,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             if own is None:
                 set_size(self.proxies, saved.to(self.proxies.data.device), saved.dtype)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-        self._watch.restart()
+        self._watch = OptimizerWatch()  # no optimizer made this change of the proxies
 
     def extra_repr(self) -> str:
         return (
