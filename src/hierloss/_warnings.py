@@ -41,9 +41,8 @@ class OptimizerWatch:
             if torch.equal(proxies.detach().sum(), self._start):
                 warnings.warn(
                     f"the proxies of HIERLoss did not change in {_FORGOTTEN_AFTER} training steps: no optimizer "
-                    "has them. Build it with the parameters of both, "
-                    "torch.optim.Adam([*model.parameters(), *loss_func.parameters()]); in a trainer of PML it is "
-                    "the metric_loss_optimizer",
+                    "has them. Use torch.optim.Adam([*model.parameters(), *loss_func.parameters()]); in a trainer "
+                    "of PML, it is the metric_loss_optimizer",
                     stacklevel=6,  # the line that calls the loss
                 )
 
@@ -82,11 +81,10 @@ class Reports:
         if not self._told_alone:
             self._told_alone = True
             warnings.warn(
-                f"gradient_ratio={ratio} had no effect: no other gradient reached the tensor of embeddings that "
-                "HIERLoss was called with. Give the same tensor to all losses, and call backward() once for their "
-                "sum: losses.MultipleLosses([base, hier])(embeddings, labels).backward(). Make copies such as "
-                "embeddings.float() once, before both losses; DistributedLossWrapper makes a copy for each loss. "
-                "If HIERLoss is your only loss, pass gradient_ratio=None",
+                f"gradient_ratio={ratio} had no effect: no other gradient reached the embeddings of HIERLoss. "
+                "Call losses.MultipleLosses([base, hier])(embeddings, labels).backward(), or give the same tensor "
+                "to all losses and call backward() once for their sum. Make copies such as embeddings.float() for "
+                "both; DistributedLossWrapper makes one for each. If HIERLoss is alone, pass gradient_ratio=None",
                 stacklevel=6,  # the line that calls backward()
             )
 
