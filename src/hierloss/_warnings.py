@@ -83,8 +83,8 @@ class Reports:
             warnings.warn(
                 f"gradient_ratio={ratio} had no effect: no other gradient reached the embeddings of HIERLoss. "
                 "Call losses.MultipleLosses([base, hier])(embeddings, labels).backward(), or give the same tensor "
-                "to all losses and call backward() once for their sum. Make copies such as embeddings.float() for "
-                "both; DistributedLossWrapper makes one for each. If HIERLoss is alone, pass gradient_ratio=None",
+                "to all losses and call backward() once for their sum. Make one copy such as embeddings.float() "
+                "for all; DistributedLossWrapper makes one each. If HIERLoss is alone, pass gradient_ratio=None",
                 stacklevel=6,  # the line that calls backward()
             )
 

@@ -29,17 +29,12 @@ _CHUNK_ROWS = 4096  # embeddings of a whole data set that are mapped to the ball
 class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     r"""The HIER regularizer: learns proxies on the Poincaré ball that are ancestors of the embeddings.
 
-    Add it to any metric learning loss, and give its parameters, the proxies, to the optimizer:
-
-        loss_func = losses.MultipleLosses([losses.ProxyAnchorLoss(100, 128), HIERLoss()])
-        optimizer = torch.optim.Adam([*model.parameters(), *loss_func.parameters()])
-
-    A `PoincareDistance` maps embeddings and proxies, which are Euclidean vectors, to the ball. Triplets
+    Add it to any metric learning loss, and give its parameters, the proxies, to the optimizer. A
+    `PoincareDistance` maps embeddings and proxies, both Euclidean vectors, to the ball. Triplets
     :math:`(i, j, k)`, of which ``i`` and ``j`` are reciprocal neighbours, are drawn among the embeddings of the
-    batch, and likewise among the proxies. The lowest common ancestor of a set is a proxy, drawn by the Gumbel-max
-    trick from :math:`\mathrm{softmax}_p(-\max_a d(a, \rho_p) / \tau)`. The loss of a triplet moves the pair's
-    ancestor :math:`\rho_{ij}` nearer to the pair than :math:`\rho_{ijk}`, the ancestor of all three, and away from
-    ``k``:
+    batch, and among the proxies. The lowest common ancestor of a set is a proxy, drawn by the Gumbel-max trick
+    from :math:`\mathrm{softmax}_p(-\max_a d(a, \rho_p) / \tau)`. The loss moves :math:`\rho_{ij}`, the ancestor of
+    the pair, nearer to it than :math:`\rho_{ijk}`, the ancestor of all three, and away from ``k``:
 
     .. math:: [d(i, \rho_{ij}) - d(i, \rho_{ijk}) + m]_+ + [d(j, \rho_{ij}) - d(j, \rho_{ijk}) + m]_+
         + [d(k, \rho_{ijk}) - d(k, \rho_{ij}) + m]_+
@@ -54,8 +49,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     ignored: HIERLoss mines its own triplets. Random numbers come from torch's default generators.
 
     Args:
-        num_proxies: number of hierarchical proxies ``P``, 512 in the paper. Use fewer on a CPU or for few classes,
-            for instance 64.
+        num_proxies: number ``P`` of proxies, 512 in the paper. Use fewer on a CPU or for few classes, such as 64.
         embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. An optimizer built
             before that batch still trains the proxies. Give it if the size of parameters is needed earlier:
             ``numel()``, ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``.
@@ -67,10 +61,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             or the default miner if ``miner`` is of another class.
         proxy_batch_size: draw the triplets of proxies among this many proxies, drawn anew in every step, so that
             time and memory grow linearly with ``num_proxies``; ``None`` for all. Ancestors are any proxies.
-        gradient_ratio: norm of HIER's gradient at the embeddings, relative to the norm of all other gradients that
-            reach the same embeddings in the same backward pass; see `hierloss.gradient_ratio`. Weights of
-            `MultipleLosses` then change the gradient of the proxies only. ``None``: no scaling, and the weight is
-            the paper's :math:`\lambda`. ``torch.compile(fullgraph=True)`` needs ``None``.
+        gradient_ratio: norm of HIER's gradient at the embeddings, relative to that of all other gradients there in
+            the same backward pass; see `hierloss.gradient_ratio`. Weights of `MultipleLosses` then change the
+            gradient of the proxies only. ``None``, which ``torch.compile(fullgraph=True)`` needs: no scaling, and
+            the weight is the paper's :math:`\lambda`.
         **kwargs: PML's options: ``distance`` (a `PoincareDistance`, which holds the curvature), ``reducer``,
             ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
@@ -90,10 +84,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     Example:
         >>> from pytorch_metric_learning import losses
-        >>> base = losses.ProxyAnchorLoss(num_classes=10, embedding_size=64)
+        >>> model, base = torch.nn.Linear(20, 64), losses.ProxyAnchorLoss(num_classes=10, embedding_size=64)
         >>> loss_func = losses.MultipleLosses([base, HIERLoss()])
-        >>> embeddings, labels = torch.randn(32, 64, requires_grad=True), torch.arange(32) % 10
-        >>> loss_func(embeddings, labels).backward()
+        >>> optimizer = torch.optim.Adam([*model.parameters(), *loss_func.parameters()])
+        >>> loss_func(model(torch.randn(32, 20)), torch.arange(32) % 10).backward()
 
     Source: Kim, Jeong, Kwak, "HIER: Metric Learning Beyond Class Labels via Hierarchical Regularization"
     (CVPR 2023), https://arxiv.org/abs/2212.14258.
@@ -209,12 +203,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             self._watch.check(self.proxies, embeddings)
             if type(self.miner) is ReciprocalNeighborMiner:
                 self._reports.batch(len(embeddings), self.miner.num_neighbors)
-        held = hold_gradient_ratio(
-            embeddings,
-            self.gradient_ratio,
-            on_ratio=self._record_ratio if self.collect_stats else None,
-            on_alone=partial(self._reports.alone, self.gradient_ratio),
-        )
+        on_ratio = self._record_ratio if self.collect_stats else None
+        on_alone = partial(self._reports.alone, self.gradient_ratio)
+        held = hold_gradient_ratio(embeddings, self.gradient_ratio, on_ratio=on_ratio, on_alone=on_alone)
         with torch.autocast(embeddings.device.type, enabled=False):
             # PML passes its third argument, the indices_tuple, to compute_loss unchanged.
             loss: Tensor = super().forward(held, labels, neighbor_features)
@@ -237,13 +228,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         sample = miner.sample if isinstance(miner, ReciprocalNeighborMiner) else functional.reciprocal_triplets
         proxy_triplets, proxy_valid = functional.drop_invalid(sample(among_proxies, random=self.training))
         triplets = torch.cat([sample_triplets, proxy_triplets + batch_size], 1)
+        # Noise of 0 chooses the most probable ancestor.
+        noise = None if self.training else distances.new_zeros(()).expand(2, triplets.shape[1], len(ancestors))
         losses, drawn = functional.hierarchical_triplet_loss(
-            distances,
-            triplets,
-            margin=self.margin,
-            temperature=self.temperature,
-            # Without noise, the most probable ancestor is taken.
-            noise=None if self.training else distances.new_zeros(()).expand(2, triplets.shape[1], len(ancestors)),
+            distances, triplets, margin=self.margin, temperature=self.temperature, noise=noise
         )
         sample_losses, proxy_losses = losses.split([sample_triplets.shape[1], proxy_triplets.shape[1]])
         sample_losses = functional.mean_over_valid(sample_losses, sample_valid)
@@ -320,9 +308,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     def neighbors_from(self, features: Tensor) -> Iterator[None]:
         """Find neighbours by Euclidean distances of other features than the embeddings, in a ``with`` block.
 
-        Features of a frozen backbone, for instance, do not change during training. Labels are used as before.
-        The block applies to calls of this loss in this thread, also within `MultipleLosses`. Of nested blocks, the
-        innermost applies.
+        Features of a frozen backbone, for instance, do not change during training. Labels are used as before. The
+        innermost block of a thread applies to its calls of this loss, also within `MultipleLosses`.
 
         Args:
             features: ``(N, F)``, a row for each embedding of the batch, in the same order; without gradient.
@@ -360,10 +347,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             self._reports.large(self.unscaled_gradient_ratio)
 
     def proxy_distances(self, embeddings: Tensor) -> Tensor:
-        r"""Distances ``(N, P)`` of embeddings from the proxies, :math:`d(x_i, \rho_p)`, at least float32.
+        r"""Distances ``(N, P)`` of embeddings ``(N, D)`` from the proxies, :math:`d(x_i, \rho_p)`.
 
-        Args:
-            embeddings: shape ``(N, D)``, as they go into the loss.
+        Embeddings are as they go into the loss. Distances are at least float32.
 
         Example:
             >>> hier = HIERLoss(num_proxies=64, embedding_size=16)
@@ -404,16 +390,14 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     @torch.no_grad()
     def init_proxies(self, embeddings: Tensor) -> None:
-        r"""Initialize the proxies by embeddings of data, scaled towards the origin by random factors.
+        r"""Initialize the proxies by embeddings ``(N, D)``, scaled towards the origin by random factors.
 
         .. math:: \rho_p = u_p \cdot \mathrm{clip}_r(v_{i(p)}), \qquad u_p \sim U(0, 1)
 
         with ``i(p)`` drawn without replacement as long as there are enough embeddings. Every region of the data
         then has proxies as possible ancestors. The random directions of the default initialization are almost
-        orthogonal to the data. Call it once, after the first epoch. An existing optimizer stays valid.
-
-        Args:
-            embeddings: shape ``(N, D)``, as they go into the loss, of a few thousand training samples.
+        orthogonal to the data. Call it once, after the first epoch, with embeddings of a few thousand training
+        samples, as they go into the loss. An existing optimizer stays valid.
 
         Example:
             >>> hier = HIERLoss(num_proxies=64)
