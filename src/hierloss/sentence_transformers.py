@@ -58,12 +58,9 @@ class PMLLoss(nn.Module):
         self._hier = [part for part in loss_func.modules() if isinstance(part, HIERLoss)]
         if frozen_neighbors and not self._hier:
             raise ValueError("frozen_neighbors needs a HIERLoss in loss_func, got none")
-        for part in self._hier:
-            if part.embedding_size is None:  # the optimizer groups parameters by size before the first batch
-                raise ValueError(
-                    f"HIERLoss needs embedding_size={model.get_embedding_dimension()}, the size of the model's "
-                    "embeddings, got None"
-                )
+        if any(part.embedding_size is None for part in self._hier):  # the optimizer groups parameters by size
+            size = model.get_embedding_dimension()
+            raise ValueError(f"HIERLoss needs embedding_size={size}, that of the model, got None")
         # Not registered as submodules: the trainer must not train the copy.
         self._frozen = [copy.deepcopy(model).eval().requires_grad_(False)] if frozen_neighbors else []
         for module in model.modules():
@@ -83,13 +80,12 @@ class PMLLoss(nn.Module):
                 "PMLLoss with proxies needs one process: the trainer does not synchronize their gradients; for "
                 "several processes see examples/ddp.py"
             )
-        features = dict(sentence_features[0])
-        found = self.model(dict(features))
+        found = self.model(dict(sentence_features[0]))
         embeddings = found.get(_RAW, found["sentence_embedding"])
         with ExitStack() as stack:
             for frozen in self._frozen:
                 with torch.no_grad():
-                    neighbors = frozen.to(embeddings.device)(features)["sentence_embedding"]
+                    neighbors = frozen.to(embeddings.device)(dict(sentence_features[0]))["sentence_embedding"]
                 for part in self._hier:
                     stack.enter_context(part.neighbors_from(neighbors))
             loss: Tensor = self.loss_func(embeddings, labels.view(-1))
