@@ -77,8 +77,7 @@ class PoincareDistance(BaseDistance):  # type: ignore[misc]
                 f"dim must be the last dimension, got {dim}: a loss that normalizes its own weights, such as "
                 "NormalizedSoftmaxLoss, would map them to the ball twice; use ProxyNCALoss, which does not"
             )
-        with torch.autocast(embeddings.device.type, enabled=False):
-            return poincare.exp_map0(poincare.working(embeddings), self.c, self.clip_radius)
+        return poincare.exp_map0(poincare.working(embeddings), self.c, self.clip_radius)
 
     def compute_mat(self, query_emb: Tensor, ref_emb: Tensor | None) -> Tensor:
         """Distances of all pairs of points that are on the ball."""

@@ -89,8 +89,6 @@ class _PutAside:
 
 
 class _Identity(torch.autograd.Function):
-    """The identity, whose backward pass stores the gradient and returns zeros."""
-
     @staticmethod
     def forward(embeddings, aside, dtype):  # type: ignore[no-untyped-def]
         return embeddings.to(dtype, copy=True)

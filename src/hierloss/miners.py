@@ -26,8 +26,7 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
         >>> from pytorch_metric_learning import losses
         >>> miner = ReciprocalNeighborMiner(num_neighbors=3, triplets_per_anchor=10)
         >>> embeddings, labels = torch.randn(16, 8), torch.arange(16) // 4
-        >>> anchors, positives, negatives = miner(embeddings, labels)
-        >>> loss = losses.TripletMarginLoss()(embeddings, labels, (anchors, positives, negatives))
+        >>> loss = losses.TripletMarginLoss()(embeddings, labels, miner(embeddings, labels))
 
     Source: HIER (arXiv 2212.14258), section 3.3.
     """
