@@ -12,6 +12,7 @@ Sources: Ganea, Bécigneul, Hofmann, "Hyperbolic Neural Networks" (2018), lemma 
 """
 
 import math
+from functools import reduce
 
 import geoopt
 import torch
@@ -53,10 +54,7 @@ def linear_norm(dtype: torch.dtype) -> float:
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of a result: that of the inputs, and at least float32."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 def working(x: Tensor) -> Tensor:

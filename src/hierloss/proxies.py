@@ -25,9 +25,8 @@ def set_size(parameter: Any, values: Tensor, dtype: torch.dtype) -> None:
     dtype = dtype if dtype == torch.float64 else parameter.data.dtype  # no other dtype changes the parameter's
     # The first batch may come in inference mode: a sanity check before training, for instance.
     with torch.inference_mode(False), torch.no_grad():
-        data = values.to(dtype, copy=True)
-        parameter.materialize(data.shape, device=data.device, dtype=dtype)
-        parameter.data = data
+        parameter.materialize(values.shape, device=values.device, dtype=dtype)
+        parameter.copy_(values)
 
 
 def random_proxies(count: int, size: int, distance: PoincareDistance, device: torch.device) -> Tensor:
