@@ -1,6 +1,7 @@
 """What HIERLoss warns of: forgotten proxies, small batches, and a gradient ratio without effect or too large."""
 
 import warnings
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -59,16 +60,17 @@ class Reports:
     """The other warnings of a loss, each given once."""
 
     def __init__(self) -> None:
-        self._told_alone = self._told_large = self._told_small = False
-        self._large_in_a_row = self._small_in_a_row = 0
+        self._in_a_row: Counter[str] = Counter()
+
+    def _is_due(self, name: str, holds: bool, after: int = 1) -> bool:
+        """Whether ``holds`` has been true ``after`` times in a row, for the first time."""
+        count = self._in_a_row[name]
+        self._in_a_row[name] = count + 1 if holds or count >= after else 0
+        return self._in_a_row[name] == after
 
     def batch(self, size: int, num_neighbors: int) -> None:
         """The size of a training batch, in which all may be neighbours of each other."""
-        if self._told_small or torch.compiler.is_compiling():
-            return
-        self._small_in_a_row = self._small_in_a_row + 1 if size <= num_neighbors else 0
-        if self._small_in_a_row == _SMALL_AFTER:
-            self._told_small = True
+        if not torch.compiler.is_compiling() and self._is_due("small", size <= num_neighbors, _SMALL_AFTER):
             warnings.warn(
                 f"HIERLoss has no triplets of embeddings: {_SMALL_AFTER} batches in a row, the last of {size} "
                 f"embeddings, were not larger than num_neighbors={num_neighbors}. Use larger batches or fewer "
@@ -78,8 +80,7 @@ class Reports:
 
     def alone(self, ratio: float | None) -> None:
         """No other loss used the same tensor."""
-        if not self._told_alone:
-            self._told_alone = True
+        if self._is_due("alone", True):
             warnings.warn(
                 f"gradient_ratio={ratio} had no effect: no other gradient reached the embeddings of HIERLoss. "
                 "Call losses.MultipleLosses([base, hier])(embeddings, labels).backward(), or give the same tensor "
@@ -90,9 +91,7 @@ class Reports:
 
     def large(self, ratio: float) -> None:
         """The ratio of a backward pass in which nothing was scaled."""
-        self._large_in_a_row = self._large_in_a_row + 1 if ratio > 1 else 0
-        if self._large_in_a_row == _LARGE_AFTER and not self._told_large:
-            self._told_large = True
+        if self._is_due("large", ratio > 1, _LARGE_AFTER):
             warnings.warn(
                 "the gradient of HIERLoss at the embeddings was larger than that of all other losses in "
                 f"{_LARGE_AFTER} backward passes in a row ({ratio:.2g} times, in the last one), which can stop "

@@ -131,7 +131,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self._unused: set[int] = set()  # threads in a block of neighbors_from without a call so far
         self._watch, self._reports = OptimizerWatch(), Reports()
         if embedding_size is not None:
-            self._size_proxies(check_count("embedding_size", embedding_size))
+            self._size_proxies(check_count("embedding_size", embedding_size), self.proxies.data)
         statistics = [*self._sub_loss_names(), "num_triplets", "fraction_active", "num_ancestors"]
         statistics += ["fraction_clipped", "unscaled_gradient_ratio"]
         self.add_to_recordable_attributes(list_of_names=["num_proxies", "margin", "temperature", "gradient_ratio"])
@@ -410,9 +410,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self.proxies.copy_(values)
         self._watch = OptimizerWatch()  # no optimizer made this change of the proxies
 
-    def _size_proxies(self, embedding_size: int, like: Tensor | None = None) -> None:
+    def _size_proxies(self, embedding_size: int, like: Tensor) -> None:
         """Initialize the proxies at random, on the device of ``like`` and in its dtype if that is float64."""
-        like = self.proxies.data if like is None else like
         values = random_proxies(self.num_proxies, embedding_size, self.distance, like.device)
         set_size(self.proxies, values, like.dtype)
 
