@@ -1,9 +1,8 @@
 """The gradient of one loss at a fixed ratio to the gradients of all others, by a hook on the embeddings.
 
 The loss gets the embeddings through an identity function, whose backward pass stores the gradient of the loss and
-returns zeros. A hook on the embeddings runs after the gradients of all losses have been added. It receives the sum
-of the other gradients, scales the stored gradient, and adds it. This needs no second backward pass, no wrapper
-around the losses, and no synchronization.
+returns zeros. A hook on the embeddings runs after the gradients of all losses have been added. It gets the sum of
+the other gradients, scales the stored one, and adds it. No second backward pass and no synchronization is needed.
 """
 
 import weakref

@@ -13,9 +13,8 @@ class ToPoincare(torch.nn.Module):
 
     .. math:: x = \exp_0(v \min(1, r / |v|))
 
-    Shapes: ``(..., D)`` to ``(..., D)``. The output is at least float32, also under autocast. Every loss, miner
-    and evaluator behind this layer, also `HIERLoss`, needs ``PoincareDistance(normalize_embeddings=False)``;
-    otherwise points are mapped twice.
+    Shapes: ``(..., D)`` to ``(..., D)``, at least float32, also under autocast. Losses, miners and evaluators
+    behind it, also `HIERLoss`, need ``PoincareDistance(normalize_embeddings=False)``, or points are mapped twice.
 
     Args:
         c: minus the curvature, a positive number; or a ``geoopt.PoincareBall``, also with learnable curvature.

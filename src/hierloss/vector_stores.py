@@ -22,8 +22,7 @@ def stored_vectors(embeddings: Tensor, distance: PoincareDistance) -> Tensor:
     """Vectors to store, ``(N, D + 2)``, from finite embeddings ``(N, D)``.
 
     Without a ``clip_radius``, or with points on the ball, give all embeddings in one call: only then have all
-    vectors the same length, which approximate indexes need. After a learned curvature has changed, store all
-    vectors again.
+    vectors the same length, which approximate indexes need. After a learned curvature has changed, store all anew.
 
     Example:
         >>> stored_vectors(torch.randn(5, 16), PoincareDistance()).shape
