@@ -89,8 +89,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         >>> optimizer = torch.optim.Adam([*model.parameters(), *loss_func.parameters()])
         >>> loss_func(model(torch.randn(32, 20)), torch.arange(32) % 10).backward()
 
-    Source: Kim, Jeong, Kwak, "HIER: Metric Learning Beyond Class Labels via Hierarchical Regularization"
-    (CVPR 2023), https://arxiv.org/abs/2212.14258.
+    Source: Kim, Jeong, Kwak, "HIER" (CVPR 2023), https://arxiv.org/abs/2212.14258.
     """
 
     def __init__(
@@ -107,8 +106,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     ) -> None:
         super().__init__(**kwargs)
         if not isinstance(self.distance, PoincareDistance):
-            got = type(self.distance).__name__
-            raise TypeError(f"distance must be a hierloss.PoincareDistance, got {got}: ancestors are on its ball")
+            raise TypeError(f"distance must be a hierloss.PoincareDistance, got {type(self.distance).__name__}")
         if self.distance.power != 1:
             raise ValueError(f"the power of the distance must be 1 for HIERLoss, got {self.distance.power}")
         self.num_proxies = check_count("num_proxies", num_proxies)
@@ -448,7 +446,5 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self._watch = OptimizerWatch()  # no optimizer made this change of the proxies
 
     def extra_repr(self) -> str:
-        return (
-            f"num_proxies={self.num_proxies}, embedding_size={self.embedding_size}, margin={self.margin:g}, "
-            f"temperature={self.temperature:g}, gradient_ratio={self.gradient_ratio}"
-        )
+        names = ("num_proxies", "embedding_size", "margin", "temperature", "gradient_ratio")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
