@@ -10,7 +10,7 @@ Conventions of this file
 import json
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +61,7 @@ class Hierarchy:
 
         is_valid_linkage(matrix := np.array(self.linkage, np.float64), throw=True, name="linkage")
         if not np.isfinite(matrix).all() or (np.diff(matrix[:, 2]) < 0).any():
-            raise ValueError(
-                "linkage must have finite heights that do not decrease; use average, complete or Ward"
-            )
+            raise ValueError("linkage must have finite heights that do not decrease; use average or Ward linkage")
         object.__setattr__(self, "linkage", _read_only(matrix))
         if (self.sizes[self._merges].sum(1) != matrix[:, 3]).any():
             raise ValueError("linkage must have the number of leaves of each inner node in its last column")
@@ -88,16 +86,10 @@ class Hierarchy:
         return f"Hierarchy(num_leaves={self.num_leaves}{ancestors}, height={self.heights[-1]:g})"
 
     @classmethod
-    @torch.no_grad()
     def from_embeddings(
-        cls,
-        embeddings: Tensor,
-        labels: Any = None,
-        *,
-        per_class: bool = False,
-        linkage: str = "average",
-        distances: Tensor | None = None,
-    ) -> "Hierarchy":
+        cls, embeddings: Tensor, labels: Any = None, *,
+        per_class: bool = False, linkage: str = "average", distances: Tensor | None = None,
+    ) -> "Hierarchy":  # fmt: skip
         """Agglomerative clustering of 2 to 20,000 embeddings or classes by cosine similarity, in ``8 N^2`` bytes.
 
         Args:
@@ -135,10 +127,8 @@ class Hierarchy:
             distances = None if distances is None else _class_means(distances.cpu().double(), index, len(values))
         if not 2 <= len(unit) <= _MAX_LEAVES:
             got = f"{len(unit)} {'classes' if per_class else 'samples'}"
-            raise ValueError(
-                f"embeddings must make 2 to {_MAX_LEAVES} leaves, got {got}; for more, give labels and "
-                "per_class=True for a tree of classes, or take a random subsample"
-            )
+            more = "for more, use per_class=True or a random subsample"
+            raise ValueError(f"embeddings must make 2 to {_MAX_LEAVES} leaves, got {got}; {more}")
         gaps = pdist(unit.numpy(), "euclidean" if linkage == "ward" else "sqeuclidean")
         if linkage != "ward":
             gaps /= 2  # |x - y|^2 / 2 = 1 - cos; in place, because there are many
@@ -167,13 +157,10 @@ class Hierarchy:
         if rows.ndim != 2 or len(rows) != tree.num_leaves or rows.size == 0 or not np.isfinite(rows).all():
             expected = f"({tree.num_leaves}, num_proxies)"
             raise ValueError(f"distances must be finite, of shape {expected}, got shape {rows.shape}")
-        farthest, proxies, radii = list(rows), list(rows.argmin(1)), list(rows.min(1))
-        for left, right in tree._merges:
-            farthest.append(np.maximum(farthest[left], farthest[right]))
-            farthest[left] = farthest[right] = rows[0]  # free the memory
-            proxies.append(farthest[-1].argmin())
-            radii.append(farthest[-1].min())
-        return cls(tree.linkage, tree.leaf_labels, np.array(proxies), np.array(radii))
+        farthest = np.concatenate([rows, np.empty_like(rows[1:])])
+        for node, children in enumerate(tree._merges, tree.num_leaves):
+            farthest[node] = farthest[children].max(0)
+        return cls(tree.linkage, tree.leaf_labels, farthest.argmin(1), farthest.min(1))
 
     @property
     def num_leaves(self) -> int:
@@ -267,14 +254,12 @@ class Hierarchy:
         from scipy.cluster.hierarchy import fcluster
 
         if (num_groups is None) == (height is None):
-            got = "neither" if height is None else "both"
-            raise ValueError(f"cut() expects one of num_groups and height, got {got}")
+            raise ValueError(f"cut() expects one of num_groups and height, got {num_groups} and {height}")
         if num_groups is not None:
-            if check_count("num_groups", num_groups) > self.num_leaves:
+            if (count := check_count("num_groups", num_groups)) > self.num_leaves:
                 raise ValueError(f"num_groups must be at most num_leaves={self.num_leaves}, got {num_groups}")
             # Not criterion="maxclust": before version 1.15, SciPy often makes fewer groups.
-            joined = self.num_leaves - num_groups
-            limit = self.linkage[joined - 1, 2] if joined else -1.0  # below all heights
+            limit = self.linkage[-count, 2] if count < self.num_leaves else -1.0  # below all heights
         else:
             limit = check_number("height", height, positive=False)
         groups = fcluster(self.linkage.copy(), limit, "distance")
@@ -320,9 +305,8 @@ class Hierarchy:
         lengths = self.heights[above] - self.heights[:-1]
         edges = zip(above.tolist(), range(self.root), lengths.tolist(), strict=True)
         graph.add_weighted_edges_from(edges, weight="length")
-        attributes = {"height": self.heights, "proxy": self.proxies, "radius": self.radii}
-        attributes["label"] = self.leaf_labels
-        for name, values in attributes.items():
+        columns = {"height": self.heights, "proxy": self.proxies, "radius": self.radii, "label": self.leaf_labels}
+        for name, values in columns.items():
             if values is not None:
                 networkx.set_node_attributes(graph, dict(enumerate(values.tolist())), name)
         return graph
@@ -333,9 +317,8 @@ class Hierarchy:
         ``names`` has the name of each leaf; default its label, if all are different, else its number.
         """
         if names is None:
-            names = [str(label) for label in ([] if self.leaf_labels is None else self.leaf_labels.tolist())]
-            if len(set(names)) < self.num_leaves:
-                names = [str(leaf) for leaf in range(self.num_leaves)]
+            names = [] if self.leaf_labels is None else [str(label) for label in self.leaf_labels.tolist()]
+            names = names if len(set(names)) == self.num_leaves else [str(leaf) for leaf in range(self.num_leaves)]
         names = check_names(names, self.num_leaves)
         parts = [name if name.isdecimal() else "'" + name.replace("'", "''") + "'" for name in names]
         for node, children in enumerate(self._merges.tolist(), self.num_leaves):
@@ -348,8 +331,7 @@ class Hierarchy:
 
     def to_json(self) -> str:
         """The tree as JSON, which `from_json` reads back exactly."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return json.dumps({name: None if array is None else array.tolist() for name, array in fields.items()})
+        return json.dumps(asdict(self), default=np.ndarray.tolist)
 
     @classmethod
     def from_json(cls, text: str) -> "Hierarchy":
