@@ -2,9 +2,7 @@
 
 Conventions of this file
     - N queries, M references, D dimensions, k neighbours.
-    - Internally, points ``p`` are on the ball of radius 1 and curvature -1, in float64; distances are scaled
-      back at the end.
-    - Of equal distances, the lower index comes first.
+    - Internally, points are on the ball of radius 1, in float64; distances are scaled back at the end.
 """
 
 from collections.abc import Callable
@@ -40,8 +38,7 @@ class PoincareKNN:
     finds the queries that may have missed a nearer reference. These are searched again with more digits, and
     finally by all of their distances. Memory is ``O((N + M) D + N k)``.
 
-    Pass it as ``knn_func`` to PML's `AccuracyCalculator` or `InferenceModel`. PML's testers and `InferenceModel`
-    scale embeddings to norm 1 by default: give them ``normalize_embeddings=False``.
+    Give PML's testers and `InferenceModel` ``normalize_embeddings=False``, or they scale embeddings to norm 1.
 
     Args:
         distance: a `PoincareDistance`, for its curvature and its map onto the ball. Its ``power`` is not applied.
@@ -113,8 +110,7 @@ class PoincareKNN:
         prepared = self._prepared if reference is None else None
         # A learnable curvature changes, and queries can come from another device.
         if prepared is None or prepared.c != c or prepared.points.device != query.device:
-            points = _by_rows(self._on_unit_ball, embeddings.to(query.device))
-            prepared = _References(points, c, self._index)
+            prepared = _References(_by_rows(self._on_unit_ball, embeddings.to(query.device)), c, self._index)
         if reference is None:
             self._prepared = prepared
         distances, indices = prepared.nearest(_by_rows(self._on_unit_ball, query), k + ref_includes_query)
@@ -168,18 +164,15 @@ class _References:
         """Distances and indices, both of shape ``(N, k)``."""
         distances = points.new_empty(len(points), k)
         indices = points.new_empty((len(points), k), dtype=torch.long)
-        searches = [self._search_all]
+        searches = [self._search_all]  # the last one is the first to run
         if k + _EXTRA < len(self.points):
-            searches.insert(0, self._search_products)
+            searches.append(self._search_products)
             if self.index is not None:
-                searches.insert(0, self._search_index)
-        undecided = torch.arange(len(points), device=points.device)
-        for search in searches:
-            rows = undecided
-            distances[rows], indices[rows], decided = search(points[rows], k)
-            undecided = rows[~decided]
-            if not len(undecided):
-                break
+                searches.append(self._search_index)
+        rows = torch.arange(len(points), device=points.device)
+        while len(rows):
+            distances[rows], indices[rows], decided = searches.pop()(points[rows], k)
+            rows = rows[~decided]
         return distances * (1 / self.c**0.5), indices
 
     def _search_index(self, points: Tensor, k: int) -> Found:
@@ -189,7 +182,7 @@ class _References:
         scores, candidates = (torch.from_numpy(array).to(points.device) for array in found)
         distances, indices = self._rank(points, candidates, k)
         if isinstance(self.index, _faiss().IndexFlat):
-            return distances, indices, self._decided(query, distances, scores.double(), torch.float32)
+            return distances, indices, self._decided(query, distances, scores)
         return distances, indices, distances[:, -1].isfinite()  # some indexes find fewer than k
 
     def _search_products(self, points: Tensor, k: int) -> Found:
@@ -197,7 +190,7 @@ class _References:
         query, lifted = poincare.lift_queries(points, 1.0), self._lifted(torch.float64)
         scores, candidates = _by_rows(lambda rows: (rows @ lifted.T).topk(k + _EXTRA), query, width=len(lifted))
         distances, indices = self._rank(points, candidates, k)
-        return distances, indices, self._decided(query, distances, scores, torch.float64)
+        return distances, indices, self._decided(query, distances, scores)
 
     def _search_all(self, points: Tensor, k: int) -> Found:
         """By the distances of all pairs."""
@@ -220,7 +213,7 @@ class _References:
 
         return _by_rows(rank, points, candidates, width=candidates.shape[1] * points.shape[1])
 
-    def _decided(self, query: Tensor, distances: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
+    def _decided(self, query: Tensor, distances: Tensor, scores: Tensor) -> Tensor:
         """Whether it is proved that all references as near as the k-th neighbour are candidates.
 
         Let ``t`` be time coordinates and ``d`` the distance of the k-th neighbour. A reference as near as that
@@ -233,7 +226,7 @@ class _References:
         farthest = time * last.cosh() + (time.square() - 1).clamp_min(0).sqrt() * last.sinh()
         farthest = farthest.minimum(self.largest_time)
         # eps is two units; 8 extra dimensions cover the rounding of the vectors, and of this computation
-        error = (query.shape[1] + 8) * torch.finfo(dtype).eps * 2 * time * farthest
+        error = (query.shape[1] + 8) * torch.finfo(scores.dtype).eps * 2 * time * farthest
         return last.cosh() + error < -scores[:, -1]
 
 
@@ -250,9 +243,8 @@ def _build_index(vectors: "np.ndarray[Any, Any]", index: str | Callable[[int], A
     built = index(size) if callable(index) else faiss.index_factory(size, index, faiss.METRIC_INNER_PRODUCT)
     if built.metric_type != faiss.METRIC_INNER_PRODUCT or built.d != size or built.ntotal:
         raise ValueError(
-            f"index must make an empty index of {size} dimensions, two more than the embeddings have, by "
-            f"METRIC_INNER_PRODUCT ({faiss.METRIC_INNER_PRODUCT}); got one of {built.d} dimensions by metric "
-            f"{built.metric_type} with {built.ntotal} vectors"
+            f"index must make an empty index of {size} dimensions, embedding_size + 2, by METRIC_INNER_PRODUCT; "
+            f"got one of {built.d} dimensions by metric {built.metric_type} with {built.ntotal} vectors"
         )
     if not built.is_trained:
         built.train(vectors)
