@@ -50,8 +50,7 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
             node[child] = node[tree.parents[child]]
     total, pairs = 0.0, 0
     for chunk in np.array_split(np.arange(len(classes)), math.ceil(len(classes) * len(starts) / _CHUNK_CELLS)):
-        member = index[tree.leaf_order, None] == chunk
-        running = np.vstack([np.zeros((1, len(chunk)), np.int64), np.cumsum(member, 0)])
+        running = np.pad((index[tree.leaf_order, None] == chunk).cumsum(0), ((1, 0), (0, 0)))
         counts = running[stops] - running[starts]
         met = counts * (counts - 1) // 2
         np.subtract.at(met, tree.parents[:-1], met[:-1].copy())  # pairs that meet at the node, not below it
@@ -149,12 +148,12 @@ def average_precisions(query: np.ndarray, ranked: np.ndarray, alpha: float = 1.0
     weights[0] = 0
     shared = (ranked == query[:, None]).sum(2)
     per_level = np.stack([(shared == level).sum(1) for level in range(depth + 1)], 1)
-    relevance = np.take_along_axis(weights / np.maximum(per_level, 1), shared, 1)
+    of_level = weights / np.maximum(per_level, 1)
+    relevance = np.take_along_axis(of_level, shared, 1)
     # min(rel(j), rel(k)) depends on the two levels alone: sum over j, level by level
     gained = np.zeros_like(relevance)
     for level in range(1, depth + 1):
-        of_level = weights[level] / np.maximum(per_level[:, level, None], 1)
-        gained += np.minimum(of_level, relevance) * (shared == level).cumsum(1)
+        gained += np.minimum(of_level[:, [level]], relevance) * (shared == level).cumsum(1)
     total = relevance.sum(1)
     precision = gained / np.arange(1, ranked.shape[1] + 1) * (relevance > 0)
     scores: np.ndarray = precision.sum(1)[total > 0] / total[total > 0]
