@@ -12,7 +12,6 @@ import io
 import json
 import math
 import re
-import string
 import textwrap
 from html import escape
 from pathlib import Path
@@ -231,7 +230,7 @@ def write_html(
     script = "disk.innerHTML = {};\n{}\nPlotly.newPlot('tree', {})".format(*shown)
     packed = gzip.compress(script.encode(), mtime=0)
     text = base64.b85encode(packed, pad=True).decode()  # base64 would need 7% more
-    page = _PAGE.format(title=escape(title), packed=text, size=len(packed), digits=_DIGITS)
+    page = _PAGE.format(title=escape(title), packed=text, size=len(packed))
     Path(path).write_text(page, encoding="utf-8")
 
 
@@ -324,9 +323,6 @@ def _imported(name: str) -> Any:
         raise ImportError(f'pictures need {name.split(".")[0]}: pip install "hierloss[plot]"') from error
 
 
-# The digits of base64.b85encode.
-_DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase + "!#$%&()*+-;<=>?@^_`{|}~"
-
 # Plotly has 5 MB, compressed and as text 1.8 MB. The browser decompresses it, and loads nothing from the network.
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -345,13 +341,11 @@ _PAGE = """<!DOCTYPE html>
 <h2>{title}</h2>
 <main><div id="disk"></div><div id="tree"></div></main>
 <script>
+const digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;<=>?@^_`{{|}}~";
 const text = "{packed}", words = new DataView(new ArrayBuffer(text.length / 5 * 4));
-for (let word = 0, i = 0; i < text.length; i++) {{
-  word = word * 85 + "{digits}".indexOf(text[i]);
-  if (i % 5 == 4) {{ words.setUint32((i - 4) / 5 * 4, word); word = 0; }}
-}}
+text.match(/.{{5}}/g).forEach((five, i) => words.setUint32(4 * i,
+  [...five].reduce((word, digit) => 85 * word + digits.indexOf(digit), 0)));
 const packed = new Blob([words.buffer.slice(0, {size})]);
-new Response(packed.stream().pipeThrough(new DecompressionStream("gzip"))).text().then((code) =>
-  document.head.append(Object.assign(document.createElement("script"), {{ textContent: code }})));
+new Response(packed.stream().pipeThrough(new DecompressionStream("gzip"))).text().then(eval);
 </script>
 """
