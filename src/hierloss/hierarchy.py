@@ -34,8 +34,7 @@ class Hierarchy:
     ``HIERLoss.hierarchy``, `from_embeddings` and `from_linkage` build trees. Arrays are read-only.
 
     Attributes:
-        linkage: SciPy linkage matrix, shape ``(num_leaves - 1, 4)``: two children, height and number of leaves of
-            each inner node.
+        linkage: SciPy's, shape ``(num_leaves - 1, 4)``: children, height and number of leaves of each inner node.
         leaf_labels: label of each leaf, shape ``(num_leaves,)``, or ``None``.
         proxies: the ancestor of each node, shape ``(num_nodes,)``, for a leaf its nearest proxy; or ``None``.
         radii: hyperbolic distance of each node's farthest leaf from its ancestor, shape ``(num_nodes,)``; or

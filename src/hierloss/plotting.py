@@ -128,7 +128,7 @@ def plot_disk(
     from matplotlib.collections import LineCollection
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
-    below = [np.concatenate([members[leaf] for leaf in small.leaves(node)]) for node in range(small.root)]
+    below = [*members, *leaves.below[1 - count : -1]]  # the inner nodes are those of the tree, without the root
     colors, widths = [*map(leaves.color, below)], [0.7 + 0.2 * math.log2(len(rows)) for rows in below]
     ax.add_collection(LineCollection([np.transpose(_xy(edge)) for edge in edges], colors=colors, lw=widths))
     ax.plot(*_xy(_CIRCLE), color=GREY, lw=0.8, zorder=0)
@@ -177,9 +177,8 @@ def plot_dendrogram(tree: Hierarchy, *, max_leaves: int = 200, ax: "Axes | None"
     """
     scipy, leaves = _imported("scipy.cluster.hierarchy"), Leaves(tree, **look)
     count = min(check_count("max_leaves", max_leaves, minimum=2), tree.num_leaves)
-    if ax is None:
-        row = _LINE / 72 if leaves.named else 0.05
-        ax = _new_axes(9, max(4.5, 1.5 + 0.03 * len(leaves.groups) + row * count))
+    row = _LINE / 72 if leaves.named else 0.05  # inches
+    ax = _new_axes(9, max(4.5, 1.5 + 0.03 * len(leaves.groups) + row * count)) if ax is None else ax
     drawn = scipy.dendrogram(tree.linkage.copy(), count, "lastp", orientation="left", no_labels=True, ax=ax,
                              link_color_func=lambda node: leaves.color(leaves.below[node]))  # fmt: skip
     members = [leaves.below[node] for node in drawn["leaves"]]

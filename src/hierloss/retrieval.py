@@ -17,9 +17,7 @@ from . import poincare
 from ._checks import check_count, check_finite
 from .distances import PoincareDistance
 
-Found = tuple[Tensor, Tensor, Tensor]
-"""Distances ``(N, k)``, indices ``(N, k)``, and for which queries these are proved correct ``(N,)``."""
-
+Found = tuple[Tensor, Tensor, Tensor]  # distances (N, k), indices (N, k), whether they are proved correct (N,)
 _EXTRA = 16  # candidates beyond k: more cost time in every search; with fewer, more queries are searched again
 _CHUNK_CELLS = 2**22  # numbers that are processed at a time: 32 MB in float64
 
@@ -49,7 +47,6 @@ class PoincareKNN:
         >>> from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
         >>> calculator = AccuracyCalculator(include=("precision_at_1",), knn_func=PoincareKNN())
         >>> embeddings = torch.randn(100, 16)
-        >>> accuracy = calculator.get_accuracy(embeddings, torch.arange(100) % 5)
         >>> distances, indices = PoincareKNN()(embeddings[:2], 3, embeddings)
         >>> indices[:, 0]
         tensor([0, 1])
@@ -238,8 +235,7 @@ def _pairwise_distance(x: Tensor, y: Tensor) -> Tensor:
 
 def _build_index(vectors: "np.ndarray[Any, Any]", index: str | Callable[[int], Any]) -> Any:
     """A FAISS index that contains the vectors."""
-    faiss = _faiss()
-    size = vectors.shape[1]
+    faiss, size = _faiss(), vectors.shape[1]
     built = index(size) if callable(index) else faiss.index_factory(size, index, faiss.METRIC_INNER_PRODUCT)
     if built.metric_type != faiss.METRIC_INNER_PRODUCT or built.d != size or built.ntotal:
         raise ValueError(
