@@ -282,8 +282,7 @@ class Hierarchy:
         """
         gaps = to_numpy(distances)
         if gaps.ndim != 2 or gaps.shape[1] != self.num_leaves or np.isnan(gaps).any():
-            expected = f"(M, {self.num_leaves}), without NaN"
-            raise ValueError(f"distances must have shape {expected}, got shape {gaps.shape}")
+            raise ValueError(f"distances must have shape (M, {self.num_leaves}), without NaN, got {gaps.shape}")
         nodes: np.ndarray = gaps.argmin(1)
         nearest = gaps.min(1)
         while (low := (self.heights[nodes] + _ROUNDING < nearest) & (nodes < self.root)).any():

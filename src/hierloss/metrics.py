@@ -165,8 +165,7 @@ def _taxonomy(values: Any, count: int) -> np.ndarray:
     array = to_numpy(values)
     array = array[:, None] if array.ndim == 1 else array
     if array.ndim != 2 or array.shape[0] != count or array.shape[1] == 0:
-        expected = f"({count}, L), a column for each level from fine to coarse"
-        raise ValueError(f"taxonomy must have shape {expected}, got shape {array.shape}")
+        raise ValueError(f"taxonomy must have shape ({count}, L), from fine to coarse, got shape {array.shape}")
     return np.stack([np.unique(level, return_inverse=True)[1] for level in array.T], 1)
 
 
@@ -174,8 +173,7 @@ def _square(distances: Any) -> np.ndarray:
     """A finite square matrix in float64."""
     matrix = to_numpy(distances).astype(np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
-        expected = "of all pairs of 2 samples or more, shape (N, N)"
-        raise ValueError(f"distances must be {expected}, got shape {matrix.shape}")
+        raise ValueError(f"distances must be of 2 samples or more, shape (N, N), got shape {matrix.shape}")
     if not np.isfinite(matrix).all():
         raise ValueError("distances must be finite, got NaN or infinity")
     return matrix
