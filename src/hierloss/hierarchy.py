@@ -157,8 +157,8 @@ class Hierarchy:
             expected = f"({tree.num_leaves}, num_proxies)"
             raise ValueError(f"distances must be finite, of shape {expected}, got shape {rows.shape}")
         farthest = np.concatenate([rows, np.empty_like(rows[1:])])
-        for node, children in enumerate(tree._merges, tree.num_leaves):
-            farthest[node] = farthest[children].max(0)
+        for node, (left, right) in enumerate(tree._merges, tree.num_leaves):
+            farthest[node] = np.maximum(farthest[left], farthest[right])
         return cls(tree.linkage, tree.leaf_labels, farthest.argmin(1), farthest.min(1))
 
     @property
@@ -319,9 +319,9 @@ class Hierarchy:
             names = names if len(set(names)) == self.num_leaves else [str(leaf) for leaf in range(self.num_leaves)]
         names = check_names(names, self.num_leaves)
         parts = [name if name.isdecimal() else "'" + name.replace("'", "''") + "'" for name in names]
+        lengths = (self.heights[self.parents] - self.heights).tolist()
         for node, children in enumerate(self._merges.tolist(), self.num_leaves):
-            lengths = (self.heights[node] - self.heights[list(children)]).tolist()
-            below = ",".join(f"{parts[child]}:{length}" for child, length in zip(children, lengths, strict=True))
+            below = ",".join(f"{parts[child]}:{lengths[child]}" for child in children)
             parts.append(f"({below})" + ("" if self.proxies is None else f"'proxy {self.proxies[node]}'"))
             for child in children:
                 parts[child] = ""  # now part of the parent's text
