@@ -76,11 +76,10 @@ def as_images(images: Any, count: int) -> list[np.ndarray]:
         images = to_numpy(images.movedim(1, -1) if images.ndim == 4 else images)
     if len(images) != count:
         raise ValueError(f"images must be {count}, one for each leaf, got {len(images)}")
-    arrays = [np.asarray(image) for image in images]
+    arrays = [array[..., 0] if array.shape[2:] == (1,) else array for array in map(np.asarray, images)]
     for shape in (array.shape for array in arrays):
-        if len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (3,), (4,)):
+        if len(shape) < 2 or shape[2:] not in ((), (3,), (4,)):
             raise ValueError(f"images must be (H, W) or (H, W, 1, 3 or 4) each, got shape {shape}")
-    arrays = [array[..., 0] if array.shape[2:] == (1,) else array for array in arrays]
     if all(array.dtype == np.uint8 for array in arrays):
         return arrays
     low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)

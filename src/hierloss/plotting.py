@@ -77,7 +77,8 @@ def plot_embeddings(
     ax = _new_axes(7, 7.5) if ax is None else ax
     _draw_points(ax, xy[: len(index)], index, groups, np.full(len(index), 14), alpha=0.75)
     if proxies is not None:
-        ax.scatter(*xy[len(index) :].T, s=24, c="black", marker="P", ec="white", lw=0.5, label="proxies", zorder=4)
+        x, y = xy[len(index) :].T
+        ax.scatter(x, y, s=24, c="black", marker="P", ec="white", lw=0.5, label="proxies", zorder=4)
     if labels is not None or proxies is not None:
         _draw_legend(ax)
     clip = 2 * (distance.clip_radius or math.inf)
