@@ -50,7 +50,7 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
             node[child] = node[tree.parents[child]]
     total, pairs = 0.0, 0
     for chunk in np.array_split(np.arange(len(classes)), math.ceil(len(classes) * len(starts) / _CHUNK_CELLS)):
-        running = np.pad((index[tree.leaf_order, None] == chunk).cumsum(0), ((1, 0), (0, 0)))
+        running = np.pad((index[tree.leaf_order, None] == chunk).cumsum(0, np.int64), ((1, 0), (0, 0)))
         counts = running[stops] - running[starts]
         met = counts * (counts - 1) // 2
         np.subtract.at(met, tree.parents[:-1], met[:-1].copy())  # pairs that meet at the node, not below it
