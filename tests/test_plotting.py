@@ -390,6 +390,14 @@ def test_images_of_all_shapes():
             np.testing.assert_array_equal(image, array)
 
 
+def test_grey_images_keep_their_values():
+    tree = Hierarchy([[0, 1, 1.0, 2]])
+    ax = plotting.plot_disk(tree, images=np.array([[[100, 110]], [[0, 255]]], np.uint8))
+    boxes = [artist.offsetbox.image for artist in ax.artists if isinstance(artist, AnnotationBbox)]
+    drawn = [box.to_rgba(box.get_array(), bytes=True)[0, :, 0].tolist() for box in boxes]
+    assert drawn == [[100, 110], [0, 255]]
+
+
 # --- the page -----------------------------------------------------------------------------------------------
 
 

@@ -126,6 +126,7 @@ def plot_disk(
     count, width = len(members), max(7.5, 4.5 + 0.032 * len(members))  # inches: room for all names
     ax = _new_axes(width, width + 0.03 * len(leaves.groups)) if ax is None else ax
     from matplotlib.collections import LineCollection
+    from matplotlib.colors import Normalize
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
     below = [*members, *leaves.below[1 - count : -1]]  # the inner nodes are those of the tree, without the root
@@ -152,7 +153,8 @@ def plot_disk(
         if pictures:
             image, (color, _) = pictures[rows[0]], style(leaves.group(rows))
             frame = {"ec": color, "lw": max(0.6, side * unit / 20)}
-            box = OffsetImage(image, zoom=0.88 * side * unit / max(image.shape[:2]), cmap="gray")
+            zoom = 0.88 * side * unit / max(image.shape[:2])
+            box = OffsetImage(image, zoom=zoom, cmap="gray", norm=Normalize(0, 255))
             ax.add_artist(AnnotationBbox(box, _xy(at * (1.03 + 0.62 * side)), pad=0.04, bboxprops=frame))
         left = at.real < 0
         ax.text(*_xy(at * start), title, fontsize=_FONT, rotation=np.angle(at, deg=True) + 180 * left,
