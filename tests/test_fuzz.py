@@ -307,13 +307,13 @@ class Targets(Draw):
 
         n, p, dim, t = self.sizes(work, 1000, 5000, 2048, 50)
         module = hierloss.HIERLoss(
-            num_proxies=p,
+            num_proxies=(p := max(2, p)),
             embedding_size=self.choice(dim, None),
             margin=self.choice(0.1, 0.0, self.power_of_ten(-3, 2)),
             temperature=self.choice(0.1, self.power_of_ten(-3, 2)),
             distance=(distance := self.module()),
             miner=self.miner(n, t, distance),
-            proxy_batch_size=self.choice(*[None] * 4, self.count(2, max(2, p))),
+            proxy_batch_size=self.choice(*[None] * 4, self.count(2, p)),
             gradient_ratio=self.choice(0.1, None),
             reducer=self.choice(None, None, reducers.SumReducer(), reducers.AvgNonZeroReducer()),
             collect_stats=self.one_in(10),

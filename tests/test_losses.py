@@ -1041,7 +1041,7 @@ def test_bad_input(call, message):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_proxies": 0}, "num_proxies must be at least 1, got 0"),
+        ({"num_proxies": 1}, "num_proxies must be at least 2, got 1"),
         ({"num_proxies": 2.5}, "num_proxies must be a whole number, got 2.5 of type float"),
         ({"embedding_size": -1}, "embedding_size must be at least 1, got -1"),
         ({"margin": -0.1}, "margin must be a finite non-negative number, got -0.1"),

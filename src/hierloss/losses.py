@@ -49,7 +49,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     ignored: HIERLoss mines its own triplets. Random numbers come from torch's default generators.
 
     Args:
-        num_proxies: number ``P`` of proxies, 512 in the paper. Use fewer on a CPU or for few classes, such as 64.
+        num_proxies: ``P``, at least 2; 512 in the paper. Use fewer, 64 for instance, on a CPU or for few classes.
         embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. An optimizer built
             before that batch still trains the proxies. Give it if the size of parameters is needed earlier:
             ``numel()``, ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``.
@@ -109,7 +109,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             raise TypeError(f"distance must be a hierloss.PoincareDistance, got {type(self.distance).__name__}")
         if self.distance.power != 1:
             raise ValueError(f"the power of the distance must be 1 for HIERLoss, got {self.distance.power}")
-        self.num_proxies = check_count("num_proxies", num_proxies)
+        self.num_proxies = check_count("num_proxies", num_proxies, minimum=2)  # with one, the loss is 0
         self.margin = check_number("margin", margin, positive=False)
         self.temperature = check_number("temperature", temperature, minimum=MIN_TEMPERATURE)
         if not (miner is None or isinstance(miner, BaseMiner)):
