@@ -11,7 +11,7 @@ from pytorch_metric_learning import losses
 from torch import Tensor, nn
 
 from benchmarks.speed import Step, side_by_side, summary
-from hierloss import HIERLoss
+from hierloss import HIERLoss, ReciprocalNeighborMiner
 
 TOKENS, FEATURES = 12, 1280
 WITHOUT, HEAD = "no HIER", "linear head"
@@ -52,14 +52,16 @@ def added(name: str, network: nn.Module, batch: Tensor, repeats: int) -> list[di
     with torch.no_grad():
         size = network(batch[:2]).shape[1]
     steps = {WITHOUT: make_step(network, batch, labels, losses.ProxyAnchorLoss(len(batch) // 5, size))}
-    for proxies in NUM_PROXIES:
-        both = losses.MultipleLosses([losses.ProxyAnchorLoss(len(batch) // 5, size), HIERLoss(proxies, size)])
-        steps[f"{proxies} proxies"] = make_step(network, batch, labels, both)
+    many = NUM_PROXIES[-1]
+    forms = {f"{count} proxies": HIERLoss(count, size) for count in NUM_PROXIES}
+    proxy_miner = ReciprocalNeighborMiner(triplets_per_anchor=10)
+    forms[f"{many} proxies, 10 triplets each"] = HIERLoss(many, size, proxy_miner=proxy_miner)
     if device == "cuda":
-        hier = HIERLoss(NUM_PROXIES[-1], size)
-        hier.compile(mode="reduce-overhead")
+        forms[f"{many} proxies, compiled"] = HIERLoss(many, size)
+        forms[f"{many} proxies, compiled"].compile(mode="reduce-overhead")
+    for title, hier in forms.items():
         both = losses.MultipleLosses([losses.ProxyAnchorLoss(len(batch) // 5, size), hier])
-        steps[f"{NUM_PROXIES[-1]} proxies, compiled"] = make_step(network, batch, labels, both)
+        steps[title] = make_step(network, batch, labels, both)
     times = side_by_side(steps, device, repeats)
     rows = []
     for title, own in times.items():

@@ -17,12 +17,10 @@ from .data import Part, Split
 
 EMBEDDING_SIZE = 128
 CLASSES_PER_BATCH, SAMPLES_PER_CLASS = 18, 5
-LR, PROXY_LR = 1e-3, 1e-2
-"""Adam's learning rates of the head, and of class proxies and hierarchical proxies."""
+LR, PROXY_LR = 1e-3, 1e-2  # Adam's learning rates of the head, and of class proxies and hierarchical proxies
 CHECKPOINTS = (0, 50, 100, 200, 400, 800, 1600, 3200)
 MOST_STEPS = CHECKPOINTS[-1]
-H_AP_SAMPLES = 1000
-"""Samples, drawn at random, among which H-AP is computed: its time grows with their square."""
+H_AP_SAMPLES = 1000  # drawn at random, because the time of H-AP grows with their square
 SCORES = ("R@1", "MAP@R", "superclass P@20", "H-AP")
 
 LOSSES: dict[str, Callable[[int, int], tuple[nn.Module, nn.Module | None]]] = {
@@ -46,6 +44,7 @@ class Method:
     schedule: str = "constant"  # or "rising", "falling"
     num_proxies: int = 64
     triplets_per_anchor: int = 50
+    proxy_triplets: int | None = None  # for each proxy; None: as triplets_per_anchor
     proxy_batch_size: int | None = None
 
 
@@ -71,6 +70,7 @@ METHODS: dict[str, Method] = {
     "ratio 0.3, 512 proxies": replace(OWN, num_proxies=512),
     "ratio 0.3, 512 proxies, 64 a step": replace(OWN, num_proxies=512, proxy_batch_size=64),
     "ratio 0.1, 512 proxies": replace(OWN, ratio=0.1, num_proxies=512),
+    "ratio 0.1, 512 proxies with 10 triplets": replace(OWN, ratio=0.1, num_proxies=512, proxy_triplets=10),
     "ratio 0.3, frozen, and distillation": replace(FROZEN, distill=True),
 }
 
@@ -134,9 +134,10 @@ def make_head(width: int) -> nn.Sequential:
 
 def make_hier(method: Method) -> HIERLoss:
     """HIER; it is not trained by methods without it."""
-    miner = ReciprocalNeighborMiner(triplets_per_anchor=method.triplets_per_anchor)
-    size = method.proxy_batch_size
-    return HIERLoss(method.num_proxies, EMBEDDING_SIZE, miner=miner, proxy_batch_size=size)
+    counts = (method.triplets_per_anchor, method.proxy_triplets or method.triplets_per_anchor)
+    miner, proxy_miner = (ReciprocalNeighborMiner(triplets_per_anchor=count) for count in counts)
+    options = {"miner": miner, "proxy_miner": proxy_miner, "proxy_batch_size": method.proxy_batch_size}
+    return HIERLoss(method.num_proxies, EMBEDDING_SIZE, **options)
 
 
 def scheduled(method: Method, done: float) -> float | None:
