@@ -29,7 +29,7 @@ def main() -> None:
     if "speed" in args.names:
         rows = speed.compare(args.device, args.repeats, batch=180, dim=128, proxies=512, triplets=50)
         show("A training step of HIER, forward and backward", rows)
-        show("ProxyAnchor and HIER", speed.cost_of_ratio(args.device, 2 * args.repeats))
+        show("ProxyAnchor and HIER", speed.cost_of_options(args.device, 2 * args.repeats))
         show("Where the time of hierloss goes", speed.breakdown(args.device))
         if device.type == "cpu":
             show("How far the limit is", speed.limit(rows[-1]["median ms"]))

@@ -141,14 +141,16 @@ def compare(device: str, repeats: int, **sizes: int) -> list[dict[str, Any]]:
     return rows
 
 
-def cost_of_ratio(device: str, repeats: int) -> list[dict[str, Any]]:
-    """Steps of ProxyAnchor with HIER, with and without a ratio of the gradients; interleaved."""
+def cost_of_options(device: str, repeats: int) -> list[dict[str, Any]]:
+    """Steps of ProxyAnchor with HIER, and the share of their time that options change; interleaved."""
+    fewer = {"proxy_miner": ReciprocalNeighborMiner(triplets_per_anchor=10)}
+    options = {"no ratio": {"gradient_ratio": None}, "default": {}, "10 triplets of each proxy": fewer}
 
-    def make(ratio: float | None) -> Step:
+    def make(own: dict[str, Any]) -> Step:
         torch.manual_seed(0)
         embeddings = torch.randn(180, 128, device=device).requires_grad_()
         labels = torch.arange(180, device=device) // 2
-        both = losses.MultipleLosses([losses.ProxyAnchorLoss(90, 128), HIERLoss(512, 128, gradient_ratio=ratio)])
+        both = losses.MultipleLosses([losses.ProxyAnchorLoss(90, 128), HIERLoss(512, 128, **own)])
         both.to(device)
 
         def run() -> Tensor:
@@ -158,8 +160,13 @@ def cost_of_ratio(device: str, repeats: int) -> list[dict[str, Any]]:
 
         return run
 
-    times = side_by_side({str(ratio): make(ratio) for ratio in (None, 0.3)}, device, repeats)
-    return [{"gradient_ratio": ratio, **summary(own)} for ratio, own in times.items()]
+    times = side_by_side({name: make(own) for name, own in options.items()}, device, repeats)
+    rows = []
+    for name, own in times.items():
+        shares = [100 * a / b for a, b in zip(own, times["default"], strict=True)]
+        spread = {"% of default": statistics.median(shares), "least %": min(shares), "most %": max(shares)}
+        rows.append({"options": name, **summary(own), **spread})
+    return rows
 
 
 FORWARD_PASSES, BACKWARD_PASSES = 3.5, 21
