@@ -84,7 +84,7 @@ def test_wheel_holds_the_package_alone(built):
     assert {n for n in names if not n.startswith(metadata)} == {
         p.relative_to(ROOT / "src").as_posix() for p in sources
     }
-    assert "hierloss/py.typed" in names
+    assert {"hierloss/py.typed", "hierloss/page.html"} <= names
     assert f"{metadata}/licenses/LICENSE" in names
 
 

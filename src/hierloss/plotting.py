@@ -12,8 +12,10 @@ import io
 import json
 import math
 import re
+import string
 import textwrap
 from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,8 +233,8 @@ def write_html(
     script = "disk.innerHTML = {};\n{}\nPlotly.newPlot('tree', {})".format(*shown)
     packed = gzip.compress(script.encode(), mtime=0)
     text = base64.b85encode(packed, pad=True).decode()  # base64 would need 7% more
-    page = _PAGE.format(title=escape(title), packed=text, size=len(packed))
-    Path(path).write_text(page, encoding="utf-8")
+    page = string.Template(resources.files(__package__).joinpath("page.html").read_text("utf-8"))
+    Path(path).write_text(page.substitute(title=escape(title), packed=text, size=len(packed)), encoding="utf-8")
 
 
 def _icicle(tree: Hierarchy, leaves: Leaves, texts: Any) -> dict[str, Any]:
@@ -322,31 +324,3 @@ def _imported(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f'pictures need {name.split(".")[0]}: pip install "hierloss[plot]"') from error
-
-
-# Plotly has 5 MB, compressed and as text 1.8 MB. The browser decompresses it, and loads nothing from the network.
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-  body {{ margin: 8px; font: 15px system-ui, sans-serif; color: #333; background: #fff; overflow-wrap: anywhere; }}
-  main {{ display: grid; grid-template-columns: 3fr 2fr; gap: 8px; }}
-  #disk svg {{ width: 100%; height: auto; }}
-  #disk text {{ fill: currentColor !important; }}
-  #tree {{ height: 88vh; }}
-  @media (max-width: 900px) {{ main {{ grid-template-columns: 100%; }} }}
-  @media (prefers-color-scheme: dark) {{ body {{ color: #ddd; background: #16181c; }} }}
-</style>
-<h2>{title}</h2>
-<main><div id="disk"></div><div id="tree"></div></main>
-<script>
-const digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;<=>?@^_`{{|}}~";
-const text = "{packed}", words = new DataView(new ArrayBuffer(text.length / 5 * 4));
-text.match(/.{{5}}/g).forEach((five, i) => words.setUint32(4 * i,
-  [...five].reduce((word, digit) => 85 * word + digits.indexOf(digit), 0)));
-const packed = new Blob([words.buffer.slice(0, {size})]);
-new Response(packed.stream().pipeThrough(new DecompressionStream("gzip"))).text().then(eval);
-</script>
-"""
