@@ -30,7 +30,7 @@ test-benchmarks: ## Test the retrieval benchmarks, in an environment of their ow
 	.venv-benchmarks/bin/python -m pytest tests/test_retrieval_benchmarks.py
 
 test-lowest: .venv-lowest/stamp ## Run the tests with the lowest versions, on Python 3.10
-	.venv-lowest/bin/python -m pytest --ignore tests/test_package.py --ignore tests/test_examples.py \
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest --ignore tests/test_package.py --ignore tests/test_examples.py \
 		--ignore tests/test_retrieval_benchmarks.py --ignore tests/test_docs.py --ignore tests/test_evidence.py --ignore docs/logging.md
 
 .venv-lowest/stamp: pyproject.toml requirements-lowest.txt
