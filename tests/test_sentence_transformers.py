@@ -19,7 +19,8 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from sentence_transformers.sentence_transformer.modules import Normalize, StaticEmbedding
+from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, StaticEmbedding
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 
 from hierloss import HIERLoss
@@ -64,6 +65,20 @@ def trainer_of(model, loss, folder, steps=4, texts=TEXTS, labels=LABELS, **optio
 
 def raw_embeddings(model, texts):
     return model[0](model.preprocess(texts))["sentence_embedding"]
+
+
+def test_layers_behind_normalize_are_trained(model):
+    model.append(Dense(8, 4))
+    PMLLoss(model, losses.SupConLoss())([model.preprocess(TEXTS[:24])], torch.tensor(LABELS[:24])).backward()
+    assert model[2].linear.weight.grad.abs().sum() > 0
+
+
+def test_matryoshka_loss_cuts_off_columns(model):
+    widths = []
+    loss = PMLLoss(model, losses.SupConLoss())
+    loss.loss_func.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
+    MatryoshkaLoss(model, loss, [8, 4])([model.preprocess(TEXTS[:24])], torch.tensor(LABELS[:24]))
+    assert widths == [8, 4]
 
 
 def test_loss_gets_the_embeddings_before_normalization(model):

@@ -23,8 +23,8 @@ _RAW = "embedding_before_normalization"
 class PMLLoss(nn.Module):
     """A PML loss as a loss of ``SentenceTransformerTrainer``.
 
-    The loss gets the embeddings before a ``Normalize`` layer of the model, because HIER uses their norms. Cosine
-    similarities are the same. Texts come in one column, and labels are integers. Use the batch sampler
+    If the model ends with a ``Normalize`` layer, the loss gets the embeddings before it. HIER needs their norms;
+    cosine similarities do not change. Texts come in one column, and labels are integers. Use the batch sampler
     ``BatchSamplers.GROUP_BY_LABEL``, which puts several texts of a label into a batch.
 
     The trainer's optimizer gets the parameters of the loss too. ``learning_rate_mapping={"proxies": 1e-2}`` in the
@@ -63,9 +63,9 @@ class PMLLoss(nn.Module):
             raise ValueError(f"HIERLoss needs embedding_size={size}, that of the model, got None")
         # Not registered as submodules: the trainer must not train the copy.
         self._frozen = [copy.deepcopy(model).eval().requires_grad_(False)] if frozen_neighbors else []
-        for module in model.modules():
-            if isinstance(module, Normalize) and module.module_input_name == "sentence_embedding":
-                module.register_forward_pre_hook(_keep_raw)
+        last = [*model.children()][-1]
+        if isinstance(last, Normalize) and last.module_input_name == "sentence_embedding":
+            last.register_forward_pre_hook(_keep_raw)
         self.model, self.loss_func = model, loss_func
 
     def forward(self, sentence_features: Sequence[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
@@ -81,7 +81,8 @@ class PMLLoss(nn.Module):
                 "several processes see examples/ddp.py"
             )
         found = self.model(dict(sentence_features[0]))
-        embeddings = found.get(_RAW, found["sentence_embedding"])
+        width = found["sentence_embedding"].shape[1]  # MatryoshkaLoss cuts off columns
+        embeddings = found.get(_RAW, found["sentence_embedding"])[:, :width]
         with ExitStack() as stack:
             for frozen in self._frozen:
                 with torch.no_grad():
