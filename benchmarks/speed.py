@@ -29,7 +29,7 @@ WARM_UP = {"cpu": 1, "cuda": 3}
 def make_step(
     form: str, device: str, batch: int, dim: int, proxies: int, triplets: int, proxy_batch: int | None = None
 ) -> Step:
-    """A function that runs forward and backward once; ``form`` is "hierloss", "compiled" or "plain"."""
+    """A function that runs forward and backward once; ``form`` is one of those of `compare`."""
     torch.manual_seed(0)
     embeddings = torch.randn(batch, dim, device=device).requires_grad_()
     labels = torch.arange(batch, device=device) // 2
@@ -37,6 +37,8 @@ def make_step(
     loss_func = HIERLoss(proxies, dim, miner=miner, proxy_batch_size=proxy_batch, gradient_ratio=None).to(device)
     if form == "compiled":
         loss_func.compile(mode="reduce-overhead")
+    elif form == "captured":
+        loss_func.compile()
 
     def run() -> Tensor:
         embeddings.grad = loss_func.proxies.grad = None
@@ -47,7 +49,25 @@ def make_step(
         loss.backward()
         return loss.detach()
 
-    return run
+    return captured(run) if form == "captured" else run
+
+
+def captured(step: Step) -> Step:
+    """The step as one CUDA graph, as part of a training step that is one."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP["cuda"]):
+            step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss
+
+    return replay
 
 
 def seconds(step: Step, device: str) -> float:
@@ -100,14 +120,15 @@ def peak_memory(**settings: Any) -> float:
 def _measure_memory(sender: Any, settings: dict[str, Any]) -> None:
     small = settings | {"form": "hierloss", "batch": 24, "proxies": 24, "triplets": 2}
     make_step(**small)()  # what loading code takes is not the step's
-    step = make_step(**settings)
     if settings["device"] == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        step = make_step(**settings)
         for _ in range(WARM_UP["cuda"]):
             step()
         sender.send((torch.cuda.max_memory_allocated() - before) / 2**20)
     else:
+        step = make_step(**settings)
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew from here
         before = _status("VmRSS")
         step()
@@ -122,7 +143,7 @@ def _status(name: str) -> int:
 
 def compare(device: str, repeats: int, **sizes: int) -> list[dict[str, Any]]:
     """One row for each form: median time with its spread, memory, and how many times the plain form takes."""
-    forms = ("plain", "hierloss", "compiled") if device == "cuda" else ("plain", "hierloss")
+    forms = ("plain", "hierloss", "compiled", "captured") if device == "cuda" else ("plain", "hierloss")
     times = side_by_side({form: make_step(form, device, **sizes) for form in forms}, device, repeats)
     memory = {form: peak_memory(form=form, device=device, **sizes) for form in forms}
     rows = []

@@ -57,6 +57,7 @@ def added(name: str, network: nn.Module, batch: Tensor, repeats: int) -> list[di
     proxy_miner = ReciprocalNeighborMiner(triplets_per_anchor=10)
     forms[f"{many} proxies, 10 triplets each"] = HIERLoss(many, size, proxy_miner=proxy_miner)
     if device == "cuda":
+        torch.compiler.reset()  # code compiled for several sizes is slower
         forms[f"{many} proxies, compiled"] = HIERLoss(many, size)
         forms[f"{many} proxies, compiled"].compile(mode="reduce-overhead")
     for title, hier in forms.items():

@@ -1,9 +1,12 @@
 """torch.compile without graph breaks, with the values of eager mode."""
 
+import copy
+import pickle
 import shutil
 
 import pytest
 import torch
+from pytorch_metric_learning import losses
 
 from hierloss import HIERLoss, functional, poincare
 
@@ -90,6 +93,41 @@ def test_features_for_neighbours_in_one_graph():
     hier.compile(fullgraph=True, backend="aot_eager")
     with hier.neighbors_from(features):
         torch.testing.assert_close(hier(embeddings), expected)
+
+
+def test_the_method_in_one_graph_beside_a_ratio():
+    """Also, it keeps the checks and warnings of eager mode."""
+    embeddings, labels = torch.randn(30, 8, requires_grad=True), torch.arange(30) % 6
+    hier = HIERLoss(16, 8).eval()
+    both = losses.MultipleLosses([losses.SupConLoss(), hier])
+    wanted = embeddings, hier.proxies
+    expected = torch.autograd.grad(both(embeddings, labels), wanted)
+    hier.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(both(embeddings, labels), wanted), expected)
+    with pytest.raises(ValueError, match=r"labels must have shape \(30,\)"):
+        hier(embeddings, labels[1:])
+    hier.train()
+    for _ in range(101):
+        hier(embeddings, labels).backward()
+    with pytest.warns(UserWarning, match="proxies of HIERLoss did not change in 100 training steps"):
+        hier(embeddings, labels)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_is_not_compiled(clone):
+    calls = []
+
+    def backend(module, inputs):
+        return lambda *args: calls.append(1) or module(*args)
+
+    embeddings = torch.randn(30, 8)
+    hier = HIERLoss(16, 8).eval()
+    hier.compile(backend=backend)
+    expected = hier(embeddings)
+    assert calls
+    calls.clear()
+    torch.testing.assert_close(clone(hier)(embeddings), expected)
+    assert not calls
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Neighbours among other features than the embeddings: whose, for how long, and what is refused."""
 
+import copy
+import pickle
 import threading
 import warnings
 
@@ -108,6 +110,17 @@ def test_nested_blocks_and_two_losses(embeddings, features):
         assert torch.equal(first(embeddings), of_features)
         assert torch.equal(second(embeddings), plain)
     assert torch.equal(first(embeddings), plain)
+
+
+def test_a_copy_made_in_a_block_has_no_features(embeddings, features):
+    """They would stay in a saved or an averaged model."""
+    hier = make_hier()
+    expected = hier(embeddings)
+    with hier.neighbors_from(features):
+        copies = copy.deepcopy(hier), pickle.loads(pickle.dumps(hier))
+        hier(embeddings)
+    for other in copies:
+        assert torch.equal(other(embeddings), expected)
 
 
 def test_each_thread_has_its_own(embeddings):

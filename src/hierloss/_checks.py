@@ -70,14 +70,22 @@ def check_finite(name: str, embeddings: Tensor, width: int | None = None) -> Non
         raise ValueError(f"{name} must be finite, got NaN or infinity in row {int(finite.int().argmin())}")
 
 
-def check_labels(labels: Tensor | None, count: int) -> None:
-    """Raise unless ``labels`` is ``None`` or has one entry for each of ``count`` embeddings."""
-    if labels is None:
-        return
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-    if (shape := tuple(labels.shape)) != (count,):
-        raise ValueError(f"labels must have shape ({count},), one for each embedding, got shape {shape}")
+def check_batch(embeddings: Tensor, width: int | None, labels: Tensor | None, features: Tensor | None) -> None:
+    """Raise unless embeddings have ``width`` columns, if that is given, and the others a row for each of them."""
+    check_embeddings("embeddings", embeddings, width)
+    count = len(embeddings)
+    if labels is not None:
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+        if (shape := tuple(labels.shape)) != (count,):
+            raise ValueError(f"labels must have shape ({count},), one for each embedding, got shape {shape}")
+    if features is not None:
+        check_embeddings("neighbor_features", features)
+        if len(features) != count:
+            raise ValueError(
+                f"neighbor_features must have shape ({count}, F), a row for each embedding, got shape "
+                f"{tuple(features.shape)}; gather them too where embeddings are gathered"
+            )
 
 
 def check_names(names: Any, count: int) -> list[str]:

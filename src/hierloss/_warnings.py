@@ -44,7 +44,7 @@ class OptimizerWatch:
                     f"the proxies of HIERLoss did not change in {_FORGOTTEN_AFTER} training steps: no optimizer "
                     "has them. Use torch.optim.Adam([*model.parameters(), *loss_func.parameters()]); in a trainer "
                     "of PML, it is the metric_loss_optimizer",
-                    stacklevel=6,  # the line that calls the loss
+                    stacklevel=5,  # the line that calls the loss
                 )
 
 
@@ -75,7 +75,7 @@ class Reports:
                 f"HIERLoss has no triplets of embeddings: {_SMALL_AFTER} batches in a row, the last of {size} "
                 f"embeddings, were not larger than num_neighbors={num_neighbors}. Use larger batches or fewer "
                 "neighbours, well below that size: HIERLoss(miner=ReciprocalNeighborMiner(num_neighbors=...))",
-                stacklevel=6,  # the line that calls the loss
+                stacklevel=5,  # the line that calls the loss
             )
 
     def alone(self, ratio: float | None) -> None:

@@ -15,7 +15,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor
 
 from . import functional, poincare
-from ._checks import MIN_TEMPERATURE, check_count, check_embeddings, check_finite, check_labels, check_number
+from ._checks import MIN_TEMPERATURE, check_batch, check_count, check_embeddings, check_finite, check_number
 from ._warnings import OptimizerWatch, Reports
 from .distances import PoincareDistance
 from .gradient_ratio import hold_gradient_ratio
@@ -63,8 +63,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             time and memory grow linearly with ``num_proxies``; ``None`` for all. Ancestors are any proxies.
         gradient_ratio: norm of HIER's gradient at the embeddings, relative to that of all other gradients there in
             the same backward pass; see `hierloss.gradient_ratio`. Weights of `MultipleLosses` then change the
-            gradient of the proxies only. ``None``, which ``torch.compile(fullgraph=True)`` needs: no scaling, and
-            the weight is the paper's :math:`\lambda`.
+            gradient of the proxies only. ``None``: no scaling, and the weight is the paper's :math:`\lambda`.
         **kwargs: PML's options: ``distance`` (a `PoincareDistance`, which holds the curvature), ``reducer``,
             ``embedding_regularizer``, ``embedding_reg_weight``, ``collect_stats``.
 
@@ -156,12 +155,6 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     def _sub_loss_names(self) -> list[str]:
         return ["sample_loss", "proxy_loss"]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._features and kwargs.get("neighbor_features") is None:  # not in forward, which may be compiled
-            self._unused.discard(get_ident())
-            kwargs["neighbor_features"] = self._features.get(get_ident())
-        return super().__call__(*args, **kwargs)
-
     def forward(
         self,
         embeddings: Tensor,
@@ -181,15 +174,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         # torch can tell since 2.7. Before 2.13, torch.compile took is_exporting() to be true.
         if not torch.compiler.is_dynamo_compiling() and getattr(torch.compiler, "is_exporting", bool)():
             raise RuntimeError("HIERLoss cannot be exported: it is for training; export the model alone")
-        check_embeddings("embeddings", embeddings, self.embedding_size)
-        check_labels(labels, len(embeddings))
-        if neighbor_features is not None:
-            check_embeddings("neighbor_features", neighbor_features)
-            if len(neighbor_features) != len(embeddings):
-                raise ValueError(
-                    f"neighbor_features must have shape ({len(embeddings)}, F), a row for each embedding, got "
-                    f"shape {tuple(neighbor_features.shape)}; gather them too where embeddings are gathered"
-                )
+        if self._features and neighbor_features is None:
+            self._unused.discard(get_ident())
+            neighbor_features = self._features.get(get_ident())
+        check_batch(embeddings, self.embedding_size, labels, neighbor_features)
         if self.embedding_size is None:
             self._size_proxies(embeddings.shape[1], embeddings)
         if self.proxies.device != embeddings.device:
@@ -205,8 +193,11 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         on_alone = partial(self._reports.alone, self.gradient_ratio)
         held = hold_gradient_ratio(embeddings, self.gradient_ratio, on_ratio=on_ratio, on_alone=on_alone)
         with torch.autocast(embeddings.device.type, enabled=False):
-            # PML passes its third argument, the indices_tuple, to compute_loss unchanged.
-            loss: Tensor = super().forward(held, labels, neighbor_features)
+            return self._loss_of_batch(held, labels, neighbor_features)
+
+    def _loss_of_batch(self, embeddings: Tensor, labels: Tensor | None, features: Tensor | None) -> Tensor:
+        # PML passes its third argument, the indices_tuple, to compute_loss unchanged.
+        loss: Tensor = super().forward(embeddings, labels, features)
         return loss
 
     def compute_loss(
@@ -414,10 +405,17 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         set_size(self.proxies, values, like.dtype)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """`torch.nn.Module.compile`, for a GPU, after the size is known: ``compile(mode="reduce-overhead")``."""
+        """`torch.compile` of the loss for a GPU, without its checks: ``hier.compile(mode="reduce-overhead")``."""
         if self.embedding_size is None:
             raise RuntimeError("HIERLoss cannot be compiled before its first batch; give embedding_size")
-        super().compile(*args, **kwargs)
+        self._loss_of_batch = torch.compile(self._loss_of_batch, *args, **kwargs)  # type: ignore[method-assign]
+        # CUDA graphs write each gradient to the same memory, so gradients are accumulated from copies.
+        self.proxies.register_hook(torch.clone)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("_loss_of_batch", None)  # a copy is not compiled, and in no block of neighbors_from
+        return state | {"_features": {}, "_unused": set()}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.embedding_size is None:  # a tensor without columns marks proxies without a size
