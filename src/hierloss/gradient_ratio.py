@@ -70,9 +70,10 @@ def hold_gradient_ratio(
         size, own_size = (torch.linalg.vector_norm(poincare.working(gradient)) for gradient in (others, own))
         if on_ratio is not None:
             on_ratio((own_size / size).detach())
-        if ratio is not None:
-            own = own * (ratio * size / own_size.masked_fill(own_size == 0, torch.inf)).to(own.dtype)
-        return others + own.to(others.dtype)
+        if ratio is None:
+            return others + own.to(others.dtype)
+        factor = size / own_size.masked_fill(own_size == 0, torch.inf)
+        return torch.addcmul(others, own, factor, value=ratio).to(others.dtype)
 
     handle = embeddings.register_hook(add_back)
     weakref.finalize(aside, handle.remove).atexit = False
