@@ -1,7 +1,9 @@
 """The loss in the real trainer of sentence-transformers: what it computes, trains, saves and resumes."""
 
 import json
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, StaticEmbedding
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+from transformers import TrainerState
 
 from hierloss import HIERLoss
 from hierloss.sentence_transformers import PMLLoss, SaveLossCallback
@@ -47,7 +50,7 @@ def make_loss(model, **options):
 
 
 def trainer_of(model, loss, folder, steps=4, texts=TEXTS, labels=LABELS, **options):
-    defaults = {"per_device_train_batch_size": 24, "learning_rate": 1e-3, "save_strategy": "no"}
+    defaults = {"per_device_train_batch_size": 24, "learning_rate": 1e-3, "save_strategy": "no", "seed": 0}
     args = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -56,7 +59,6 @@ def trainer_of(model, loss, folder, steps=4, texts=TEXTS, labels=LABELS, **optio
         lr_scheduler_type="constant",
         report_to="none",
         use_cpu=True,
-        seed=0,
         **{**defaults, **options},
     )
     data = Dataset.from_dict({"text": list(texts), "label": list(labels)})
@@ -79,6 +81,27 @@ def test_matryoshka_loss_cuts_off_columns(model):
     loss.loss_func.register_forward_pre_hook(lambda module, inputs: widths.append(inputs[0].shape[1]))
     MatryoshkaLoss(model, loss, [8, 4])([model.preprocess(TEXTS[:24])], torch.tensor(LABELS[:24]))
     assert widths == [8, 4]
+
+
+def test_adaptive_layer_loss_finds_the_layers_in_the_features(model):
+    features = model.preprocess(TEXTS[:24])
+    PMLLoss(model, losses.SupConLoss())([features], torch.tensor(LABELS[:24]))
+    torch.testing.assert_close(
+        features["sentence_embedding"], model(model.preprocess(TEXTS[:24]))["sentence_embedding"]
+    )
+
+
+def test_the_loss_is_in_eval_mode_with_the_model(model):
+    """Evaluation is not random, and its small batches give no warning."""
+    loss, hier = make_loss(model)
+    inputs = [model.preprocess(TEXTS[:8])], torch.tensor(LABELS[:8])
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len({loss(*inputs).item() for _ in range(20)}) == 1
+    model.train()
+    loss(*inputs)
+    assert hier.training
 
 
 def test_loss_gets_the_embeddings_before_normalization(model):
@@ -122,21 +145,44 @@ def test_trainer_trains_model_and_proxies_at_their_own_rates(model, tmp_path):
 def test_proxies_are_saved_and_resumed_with_the_checkpoint(model, tmp_path):
     start = {name: value.clone() for name, value in model.state_dict().items()}
     states = []
-    for steps, resume in ((4, None), (2, None), (4, True)):
+    for seed, folder, steps, resume in (
+        (1, "other", 4, None),
+        (0, "whole", 4, None),
+        (0, "parts", 2, None),
+        (0, "parts", 4, True),
+    ):
         model.load_state_dict(start)
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         loss, hier = make_loss(model)
-        folder = tmp_path / ("whole" if not states else "parts")
-        options = {"save_strategy": "steps", "save_steps": 2}
-        trainer_of(model, loss, folder, steps, **options).train(resume_from_checkpoint=resume)
+        options = {"save_strategy": "steps", "save_steps": 2, "seed": seed}
+        trainer_of(model, loss, tmp_path / folder, steps, **options).train(resume_from_checkpoint=resume)
         states.append(hier.proxies.detach().clone())
-    whole, half, resumed = states
+    _, whole, half, resumed = states
     assert not torch.equal(whole, half)
     torch.testing.assert_close(resumed, whole)
+    loss, hier = make_loss(model)
+    trainer = trainer_of(model, loss, tmp_path / "parts", 6)
+    message = r"step 4, but .*parts.checkpoint-4.loss\.pt is missing or of another run"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-4"))
     (tmp_path / "parts" / "checkpoint-4" / "loss.pt").unlink()
-    loss, _ = make_loss(model)
-    with pytest.raises(FileNotFoundError, match=r"loss\.pt"):
-        trainer_of(model, loss, tmp_path / "parts", 6).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    assert not torch.equal(hier.proxies, resumed)
+
+
+def test_proxies_of_two_losses_are_saved_and_resumed(model, tmp_path):
+    parts = {name: make_loss(model) for name in ("first", "second")}
+    callback = SaveLossCallback({name: loss for name, (loss, _) in parts.items()})
+    args, state = SimpleNamespace(output_dir=tmp_path), TrainerState(global_step=3, is_world_process_zero=True)
+    (tmp_path / "checkpoint-3").mkdir()
+    callback.on_save(args, state, None, model=model)
+    before = [hier.proxies.detach().clone() for _, hier in parts.values()]
+    assert not torch.equal(*before)
+    for _, hier in parts.values():
+        hier.proxies.detach().zero_()
+    callback.on_train_begin(args, state, None, model=model)
+    assert all(torch.equal(hier.proxies, old) for (_, hier), old in zip(parts.values(), before, strict=True))
 
 
 def test_bad_input(model):
@@ -147,6 +193,10 @@ def test_bad_input(model):
         PMLLoss(model, torch.nn.functional.mse_loss)
     with pytest.raises(ValueError, match=r"HIERLoss needs embedding_size=8, .* got None"):
         PMLLoss(model, HIERLoss(16))
+    model.truncate_dim = 4  # of encode, not of training
+    with pytest.raises(ValueError, match=r"HIERLoss needs embedding_size=8, .* got None"):
+        PMLLoss(model, HIERLoss(16))
+    model.truncate_dim = None
     with pytest.raises(ValueError, match="frozen_neighbors needs a HIERLoss"):
         PMLLoss(model, losses.SupConLoss(), frozen_neighbors=True)
     loss, features = PMLLoss(model, loss_func), model.preprocess(TEXTS[:4])

@@ -1,7 +1,8 @@
 """Any PML loss, with or without HIER, in the trainer of sentence-transformers."""
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class PMLLoss(nn.Module):
         if frozen_neighbors and not self._hier:
             raise ValueError("frozen_neighbors needs a HIERLoss in loss_func, got none")
         if any(part.embedding_size is None for part in self._hier):  # the optimizer groups parameters by size
-            size = model.get_embedding_dimension()
+            with model.truncate_embeddings(None):  # training uses all columns
+                size = model.get_embedding_dimension()
             raise ValueError(f"HIERLoss needs embedding_size={size}, that of the model, got None")
         # Not registered as submodules: the trainer must not train the copy.
         self._frozen = [copy.deepcopy(model).eval().requires_grad_(False)] if frozen_neighbors else []
@@ -80,13 +82,15 @@ class PMLLoss(nn.Module):
                 "PMLLoss with proxies needs one process: the trainer does not synchronize their gradients; for "
                 "several processes see examples/ddp.py"
             )
-        found = self.model(dict(sentence_features[0]))
+        features = dict(sentence_features[0])
+        found = self.model(sentence_features[0])  # adds its results to the features, which AdaptiveLayerLoss needs
         width = found["sentence_embedding"].shape[1]  # MatryoshkaLoss cuts off columns
         embeddings = found.get(_RAW, found["sentence_embedding"])[:, :width]
+        self.loss_func.train(self.model.training)  # the trainer evaluates in small batches
         with ExitStack() as stack:
             for frozen in self._frozen:
                 with torch.no_grad():
-                    neighbors = frozen.to(embeddings.device)(dict(sentence_features[0]))["sentence_embedding"]
+                    neighbors = frozen.to(embeddings.device)(features)["sentence_embedding"]
                 for part in self._hier:
                     stack.enter_context(part.neighbors_from(neighbors))
             loss: Tensor = self.loss_func(embeddings, labels.view(-1))
@@ -96,27 +100,47 @@ class PMLLoss(nn.Module):
 class SaveLossCallback(TrainerCallback):  # type: ignore[misc]
     """Saves the proxies of a loss as loss.pt with each checkpoint, and loads them when the training is resumed.
 
-    The checkpoint must be in the output folder of the training arguments. A trainer that loads the best model at
-    the end does not load its proxies: ``loss.loss_func.load_state_dict(torch.load(".../loss.pt"))`` does.
+    Checkpoints must stay in the output folder of the training arguments. ``load_best_model_at_end`` does not load
+    proxies; ``loss.loss_func.load_state_dict(torch.load("best/loss.pt")["loss_func"])`` does.
 
     Args:
-        loss: a `PMLLoss`; its model is left out, because the trainer saves it.
+        loss: the ``loss`` of the trainer: a `PMLLoss`, or a dict of them. Their model is saved by the trainer.
+
+    Raises:
+        ValueError: the training is resumed from another folder, or from a checkpoint without loss.pt.
     """
 
-    def __init__(self, loss: PMLLoss) -> None:
-        self.loss = loss.loss_func
+    def __init__(self, loss: PMLLoss | Mapping[str, PMLLoss]) -> None:
+        self.loss_func: nn.Module
+        if isinstance(loss, Mapping):
+            self.loss_func = nn.ModuleDict({name: part.loss_func for name, part in loss.items()})
+        else:
+            self.loss_func = loss.loss_func
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
         if state.is_world_process_zero:
-            torch.save(self.loss.state_dict(), self._file(args, state))
+            saved = {"loss_func": self.loss_func.state_dict(), "sum of the model": _sum(model)}
+            torch.save(saved, self._file(args, state))
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step:
-            self.loss.load_state_dict(torch.load(self._file(args, state), map_location="cpu", weights_only=True))
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+        if not state.global_step:
+            return
+        file = self._file(args, state)
+        saved = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
+        if not math.isclose(saved.get("sum of the model", math.inf), _sum(model), rel_tol=1e-9):
+            raise ValueError(
+                f"training is resumed from step {state.global_step}, but {file} is missing or of another run; "
+                "resume in the output_dir that was trained in, with SaveLossCallback from the start"
+            )
+        self.loss_func.load_state_dict(saved["loss_func"])
 
     @staticmethod
     def _file(args: Any, state: Any) -> Path:
         return Path(args.output_dir, f"checkpoint-{state.global_step}", "loss.pt")
+
+
+def _sum(model: nn.Module) -> float:
+    return sum(float(parameter.detach().double().sum()) for parameter in model.parameters())
 
 
 def _keep_raw(module: nn.Module, inputs: tuple[dict[str, Any]]) -> None:
