@@ -59,7 +59,6 @@ def soak(dtype: torch.dtype, steps: int, lr: float = 0.1, seed: int = 0, progres
     scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
     every = max(5, steps // MEASUREMENTS)
     rows: tuple[list[list[float]], list[list[float]]] = ([], [])  # base, HIER, HIER of shuffled, ancestors
-    memory: list[tuple[float, int]] = []
     skipped = not_finite = 0
     norm = radius = 0.0
     for step in tqdm(range(steps), desc=str(dtype), mininterval=1, disable=not progress):
@@ -85,9 +84,9 @@ def soak(dtype: torch.dtype, steps: int, lr: float = 0.1, seed: int = 0, progres
             on_ball = hier.distance.normalize(hier.proxies.detach())
             radius = max(radius, on_ball.norm(dim=1).max().item() * hier.distance.c**0.5)
             rows[half].append([base_loss.item(), *look(hier, embeddings.detach().float(), labels)])
-            if step >= steps // 4:
-                gc.collect()
-                memory.append((psutil.Process().memory_info().rss / 2**20, len(gc.get_objects())))
+        if step == steps // 4:
+            early = memory()
+    late = memory()
     ends = [mean(block) for half in rows for block in (half[:1], half[-BLOCK:])]
     return Report(
         dtype=str(dtype).removeprefix("torch."),
@@ -100,9 +99,15 @@ def soak(dtype: torch.dtype, steps: int, lr: float = 0.1, seed: int = 0, progres
         hier=(ends[0][1], ends[1][1], ends[2][1], ends[3][1]),
         shuffled=ends[3][2],
         ancestors=ends[3][3],
-        megabytes=(memory[0][0], memory[-1][0]),
-        objects=(memory[0][1], memory[-1][1]),
+        megabytes=(early[0], late[0]),
+        objects=(early[1], late[1]),
     )
+
+
+def memory() -> tuple[float, int]:
+    """Resident megabytes, and objects that the garbage collector knows."""
+    gc.collect()
+    return psutil.Process().memory_info().rss / 2**20, len(gc.get_objects())
 
 
 @torch.no_grad()

@@ -175,7 +175,7 @@ def test_the_study_of_trees_runs(tmp_path):
     names = np.repeat([f"{coarse}:{fine}" for coarse in "ABC" for fine in range(8)], 10)
     embeddings = np.random.default_rng(0).normal(size=(240, 150)).astype(np.float16)
     np.savez(tmp_path / "trec_questions.npz", label=names, embeddings=embeddings)
-    options = ["--seeds", "2", "--steps", "2", "--workers", "2", "--datasets", "trec", "--data", str(tmp_path)]
+    options = ["--seeds", "2", "--steps", "2", "--workers", "1", "--datasets", "trec", "--data", str(tmp_path)]
     command = [sys.executable, "-m", "benchmarks.hierarchy", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -250,7 +250,7 @@ GOOD = torch.rand(6, 3)
         (GOOD, {"linkage": "minimax"}, ValueError, '"complete" or "ward", got \'minimax\''),
         (GOOD, {"labels": torch.zeros(5)}, ValueError, r"labels must have shape \(6,\).* got shape \(5,\)"),
         (GOOD, {"per_class": True}, ValueError, "labels must be given when per_class"),
-        (GOOD, {"labels": torch.zeros(6), "per_class": True}, ValueError, "leaves, got 1 classes"),
+        (GOOD, {"labels": torch.zeros(6), "per_class": True}, ValueError, "leaves, got 1 classes$"),
         (torch.ones(1).expand(20_001, 3), {}, ValueError, "per_class=True .* subsample"),
         (GOOD, {"distances": GOOD[:5]}, ValueError, r"a row for each of 6 embeddings, got shape \(5, "),
         (GOOD, {"distances": GOOD[:, 0]}, ValueError, r"a row for each of 6 embeddings, got shape \(6,\)"),

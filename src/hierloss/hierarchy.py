@@ -126,8 +126,8 @@ class Hierarchy:
             distances = None if distances is None else _class_means(distances.cpu().double(), index, len(values))
         if not 2 <= len(unit) <= _MAX_LEAVES:
             got = f"{len(unit)} {'classes' if per_class else 'samples'}"
-            more = "for more, use per_class=True or a random subsample"
-            raise ValueError(f"embeddings must make 2 to {_MAX_LEAVES} leaves, got {got}; {more}")
+            more = "; use per_class=True or a random subsample" * (len(unit) > 1)
+            raise ValueError(f"embeddings must make 2 to {_MAX_LEAVES} leaves, got {got}{more}")
         gaps = pdist(unit.numpy(), "euclidean" if linkage == "ward" else "sqeuclidean")
         if linkage != "ward":
             gaps /= 2  # |x - y|^2 / 2 = 1 - cos; in place, because there are many

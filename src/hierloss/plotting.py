@@ -168,7 +168,10 @@ def plot_disk(
     return ax
 
 
-def plot_dendrogram(tree: Hierarchy, *, max_leaves: int = 200, ax: "Axes | None" = None, **look: Any) -> "Axes":
+def plot_dendrogram(
+    tree: Hierarchy, *, labels: Any = None, class_names: Names = None, names: Any = None,
+    max_leaves: int = 200, ax: "Axes | None" = None,
+) -> "Axes":  # fmt: skip
     """Draw a hierarchy as a dendrogram, by SciPy: the root at the left, the leaves at the right.
 
     The arguments are those of `plot_disk`, without images. The axis ends a little below the lowest merge that
@@ -179,7 +182,7 @@ def plot_dendrogram(tree: Hierarchy, *, max_leaves: int = 200, ax: "Axes | None"
 
     Source: ``scipy.cluster.hierarchy.dendrogram``.
     """
-    scipy, leaves = _imported("scipy.cluster.hierarchy"), Leaves(tree, **look)
+    scipy, leaves = _imported("scipy.cluster.hierarchy"), Leaves(tree, labels, class_names, names)
     count = min(check_count("max_leaves", max_leaves, minimum=2), tree.num_leaves)
     row = _LINE / 72 if leaves.named else 0.05  # inches
     ax = _new_axes(9, max(4.5, 1.5 + 0.03 * len(leaves.groups) + row * count)) if ax is None else ax
