@@ -26,9 +26,9 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
     also with ``avg_of_avgs`` and ``return_per_class``. Queries without a relevant reference do not count.
 
     Args:
-        taxonomy: superclass of each label: a mapping to one superclass, or to several from fine to coarse, as many
-            for each label; or a text file of a tree whose leaves are the labels. Each line is ``parent child``.
-            There must be one root; it is not a superclass.
+        taxonomy: a mapping from each label to its superclass, or to several superclasses from fine to coarse,
+            equally long for all labels. Or a text file of a tree whose leaves are the labels: each line is
+            ``parent child``, and there is one root, which is not a superclass.
         **kwargs: PML's options: ``include``, ``knn_func``, ``device`` and so on. Without ``k``, all references are
             neighbours, so ``superclass_precision_at_k`` is left out.
 

@@ -41,7 +41,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     It is 0 if both are the same proxy. HIER is the mean over the triplets of embeddings (``sample_loss``,
     reduction type ``triplet``) plus the mean over the triplets of proxies (``proxy_loss``). Eval mode is not
-    random: ancestors are the most probable ones, and triplets are evenly spread.
+    random: ancestors are the most probable ones, and triplets are evenly spread. A backward pass draws new noise.
 
     Call it like any PML loss, with embeddings ``(N, D)`` of any floating dtype and labels ``(N,)`` or ``None``. It
     returns a scalar, at least float32. Embeddings are outputs of the network, neither normalized nor mapped to
