@@ -14,7 +14,7 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from scipy import stats
 
 from benchmarks.evidence import __main__ as evidence
-from benchmarks.evidence import curves, data, images, report, study, training
+from benchmarks.evidence import data, images, report, study, training
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def test_methods_start_alike_and_train_the_encoder(loss, clinc):
     text, folder = clinc
     table = text.load(folder / "clinc150.json", text.make_encoder(folder / "encoder"))
     found = {}
-    for method in [*curves.METHODS, "none"]:
+    for method in [*text.METHODS, "none"]:
         encoder = text.make_encoder(folder / "encoder")
         before = [p.clone() for p in encoder.parameters()]
         curve = text.run(table, encoder, loss, method, 0, 3)

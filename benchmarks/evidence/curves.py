@@ -17,8 +17,6 @@ from .training import SCORES
 
 STUDIES = {"clinc150": "text", "cub": "images"}
 UNITS = {"clinc150": "steps", "cub": "epochs"}  # what the points of a curve count
-METHODS = {"none": None, "ratio 0.1": 0.1, "ratio 0.3": 0.3, "ratio 0.1, frozen": 0.1}
-"""And their ratios of gradients. Frozen: neighbours among the embeddings by the encoder before training."""
 COLORS = ["#777777", "#CC6677", "#332288", "#117733", "#DDAA33", "#882255"]
 
 

@@ -30,6 +30,7 @@ LR, PROXY_LR = 2e-5, 1e-2
 """AdamW's learning rates of the encoder, and of class proxies and hierarchical proxies."""
 CHECKPOINTS = (0, 20, 40, 80, 160, 320)
 LOSSES = {name: training.LOSSES[name] for name in ("ProxyAnchor", "MultiSimilarity")}
+METHODS = ("none", "ratio 0.1", "ratio 0.3", "ratio 1.0, frozen, rising")  # frozen: by the encoder before training
 
 
 class Texts(NamedTuple):
@@ -88,7 +89,7 @@ def run(data: Texts, encoder: nn.Module, loss: str, method: str, seed: int, step
     labels = data.taxonomy[train, 0].unique(return_inverse=True)[1]
     size = data.frozen.shape[1]
     base, miner = LOSSES[loss](int(labels.max()) + 1, size)
-    hier = HIERLoss(64, size, gradient_ratio=curves.METHODS[method]).to(device)
+    own, hier = training.METHODS[method], HIERLoss(64, size).to(device)
     base.to(device)
     proxies = [*base.parameters(), *hier.parameters()]
     optimizer = torch.optim.AdamW(
@@ -112,8 +113,9 @@ def run(data: Texts, encoder: nn.Module, loss: str, method: str, seed: int, step
             labels[rows].to(device),
         )
         total = base(embeddings, targets, miner(embeddings, targets) if miner else None)
-        if method != "none":
-            neighbors = data.frozen[train[rows]] if "frozen" in method else None
+        if own.hier:
+            hier.gradient_ratio = training.scheduled(own, step / steps)
+            neighbors = data.frozen[train[rows]] if own.frozen else None
             total = total + hier(embeddings, targets, neighbor_features=neighbors)
         optimizer.zero_grad()
         total.backward()
@@ -133,7 +135,7 @@ def main() -> None:
         def run_one(loss: str, method: str, seed: int) -> dict[str, Any]:
             return run(data, make_encoder(encoder, args.device), loss, method, seed, args.length)
 
-        curves.perform(args, "clinc150", LOSSES, curves.METHODS, run_one)
+        curves.perform(args, "clinc150", LOSSES, METHODS, run_one)
     curves.write(args.folder, args.images)
 
 
