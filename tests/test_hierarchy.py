@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import pickle
 import subprocess
 import sys
 
@@ -143,6 +144,20 @@ def test_cut(tree):
         assert len(set(random_tree(30, 2)[0].cut(num_groups).tolist())) == num_groups
 
 
+def test_distances_of_other_types():
+    """Arrays, and tensors in half precision."""
+    embeddings, labels, generator = torch.randn(12, 4), torch.arange(12) // 3, torch.Generator().manual_seed(0)
+    distances = torch.randint(1, 9, (12, 3), generator=generator).float()  # exact in half precision
+    for per_class in (False, True):
+        given = {"labels": labels, "per_class": per_class}
+        trees = [
+            Hierarchy.from_embeddings(embeddings, **given, distances=d)
+            for d in (distances, distances.numpy(), distances.bfloat16(), distances.half())
+        ]
+        assert all(tree == trees[0] for tree in trees)
+    assert trees[0].place(torch.rand(2, 4).bfloat16()).shape == (2,)
+
+
 def test_place_goes_up_from_the_nearest_leaf_to_a_node_as_high_as_the_distance(tree):
     near_3 = np.array([5.0, 5.0, 4.0, 0.0, 4.0])
     placed = tree.place(near_3 + np.array([[0.0], [0.5], [1.0], [1.1], [5.0], [99.0]]))
@@ -152,7 +167,10 @@ def test_place_goes_up_from_the_nearest_leaf_to_a_node_as_high_as_the_distance(t
     assert large.place((1 - unit @ unit.T).float()).tolist() == list(range(50))  # 0 but for rounding
 
 
-def test_immutable(tree):
+@pytest.mark.parametrize("clone", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_immutable(tree, clone):
+    original, tree = tree, clone(tree)
+    assert tree == original
     for array in (tree.linkage, tree.parents, tree.heights, tree.proxies, tree.radii, tree.sizes, tree.leaf_order):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1

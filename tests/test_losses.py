@@ -527,6 +527,16 @@ def test_forgotten_optimizer_is_reported_after_100_steps_also_of_fixed_embedding
         run(2)
 
 
+def test_forgotten_optimizer_is_reported_by_a_loss_that_was_moved():
+    """Its proxies are compared with those of another dtype, or of another device."""
+    loss_func = small()
+    loss_func.proxies.data.fill_(0.25)  # without rounding in their sum
+    run_without_optimizer(loss_func, 3)
+    loss_func.double()
+    with pytest.warns(UserWarning, match="proxies of HIERLoss did not change in 100 training steps"):
+        run_without_optimizer(loss_func, 100)
+
+
 def test_no_report_of_frozen_proxies():
     loss_func = small().requires_grad_(False)
     with warnings.catch_warnings():
@@ -764,7 +774,7 @@ def test_the_meta_device_needs_a_size():
     with torch.device("meta"):
         made_there = HIERLoss(num_proxies=P)
     for loss_func, device in ((HIERLoss(P), "meta"), (HIERLoss(P).to("meta"), "cpu"), (made_there, "cpu")):
-        with pytest.raises(RuntimeError, match="embedding_size must be given to a HIERLoss on the meta device"):
+        with pytest.raises(RuntimeError, match="HIERLoss cannot get a size on the meta device; give"):
             loss_func(batch()[0].to(device))
     assert small().to("meta").embedding_size == D
 

@@ -159,6 +159,16 @@ def test_hierarchical_recall_equals_precision_at_1_of_pml():
     assert metrics.hierarchical_recall_at_k(torch.cdist(points, points), labels[:, None]) == [expected]
 
 
+def test_the_diagonal_is_not_used():
+    distances = np.random.default_rng(0).random((12, 12))
+    masked = distances.copy()
+    np.fill_diagonal(masked, np.inf)
+    taxonomy = np.arange(12)[:, None] // [2, 6]
+    for score in (metrics.hierarchical_average_precision, metrics.hierarchical_recall_at_k):
+        assert score(masked, taxonomy) == score(distances, taxonomy)
+    assert masked[0, 0] == np.inf
+
+
 def test_bad_rankings():
     distances, taxonomy = random_ranking(0)
     with pytest.raises(ValueError, match="k must be at most 23"):

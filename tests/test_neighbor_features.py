@@ -85,7 +85,7 @@ def test_in_multiple_losses_and_until_the_block_ends(embeddings, features):
 
 def test_a_block_without_a_call_is_reported(embeddings, features):
     hier = make_hier()
-    message = "ended without a call of its HIERLoss"
+    message = "ended without a call of its HIERLoss that used its features"
     with pytest.warns(UserWarning, match=message) as caught, hier.neighbors_from(features):
         hier(embeddings, neighbor_features=features)  # has features of its own
     assert [warning.filename for warning in caught] == [__file__]

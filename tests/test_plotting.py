@@ -199,7 +199,7 @@ def test_leaves_coloured_by_superclass_keep_their_own_labels_as_names():
         assert "22" in {text.get_text() for text in [*ax.texts, *ax.get_yticklabels()]}
 
 
-@pytest.mark.parametrize("heights", [[1.0], [1.0, 1.0]])
+@pytest.mark.parametrize("heights", [[1.0], [1.0, 1.0], [0.0, 0.0]])
 def test_dendrogram_of_one_height_has_room(heights):
     matrix = [[0, 1, heights[0], 2], [2, 3, heights[-1], 3]][: len(heights)]
     left, right = plotting.plot_dendrogram(Hierarchy(matrix)).get_xlim()

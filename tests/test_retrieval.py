@@ -228,6 +228,8 @@ def test_inference_model(library, tmp_path):
     assert_nearest(model.get_nearest_neighbors(query, 3), query, both)
     assert_nearest(knn_func(query, 3, second), query, second)
     assert_nearest(knn_func(query, 3), query, both)  # what is given is not stored
+    with pytest.raises(RuntimeError, match="no references to save"):
+        PoincareKNN().save(tmp_path / "references.pt")
     model.save_knn_func(tmp_path / "references.pt")
     knn_func.train(first)
     model.load_knn_func(tmp_path / "references.pt")

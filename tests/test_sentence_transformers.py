@@ -1,5 +1,6 @@
 """The loss in the real trainer of sentence-transformers: what it computes, trains, saves and resumes."""
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -21,7 +22,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+from sentence_transformers.sentence_transformer.losses import ContrastiveLoss, MatryoshkaLoss
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, StaticEmbedding
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from transformers import TrainerState
@@ -89,6 +90,21 @@ def test_adaptive_layer_loss_finds_the_layers_in_the_features(model):
     torch.testing.assert_close(
         features["sentence_embedding"], model(model.preprocess(TEXTS[:24]))["sentence_embedding"]
     )
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, torch.nn.DataParallel, torch.compile])
+def test_raw_embeddings_of_a_model_that_the_trainer_replaced_or_wrapped(model, change):
+    torch.compiler.reset()
+    seen = []
+    loss = PMLLoss(model, losses.SupConLoss())
+    loss.loss_func.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    loss.model = change(model, **({"backend": "eager"} if change is torch.compile else {}))
+    loss([model.preprocess(TEXTS[:24])], torch.tensor(LABELS[:24]))
+    torch.testing.assert_close(seen[0], raw_embeddings(model, TEXTS[:24]))
+    model.eval()
+    loss([model.preprocess(TEXTS[:24])], torch.tensor(LABELS[:24]))
+    assert loss.loss_func.training == (change is copy.deepcopy)
+    assert not model[-1]._forward_pre_hooks
 
 
 def test_the_loss_is_in_eval_mode_with_the_model(model):
@@ -171,18 +187,25 @@ def test_proxies_are_saved_and_resumed_with_the_checkpoint(model, tmp_path):
     assert not torch.equal(hier.proxies, resumed)
 
 
-def test_proxies_of_two_losses_are_saved_and_resumed(model, tmp_path):
-    parts = {name: make_loss(model) for name in ("first", "second")}
-    callback = SaveLossCallback({name: loss for name, (loss, _) in parts.items()})
+def test_proxies_of_several_losses_are_saved_and_resumed(model, tmp_path):
+    """Of a dict of losses with any names, also of losses around a PMLLoss and of other losses."""
+    parts = [make_loss(model) for _ in range(2)]
+    whole = {
+        "v1.5": parts[0][0],
+        "train": MatryoshkaLoss(model, parts[1][0], [8]),
+        "other": ContrastiveLoss(model),
+    }
+    callback = SaveLossCallback(whole)
     args, state = SimpleNamespace(output_dir=tmp_path), TrainerState(global_step=3, is_world_process_zero=True)
+    callback.on_save(args, state, None, model=model)  # without a folder, as in a search of hyperparameters
     (tmp_path / "checkpoint-3").mkdir()
     callback.on_save(args, state, None, model=model)
-    before = [hier.proxies.detach().clone() for _, hier in parts.values()]
+    before = [hier.proxies.detach().clone() for _, hier in parts]
     assert not torch.equal(*before)
-    for _, hier in parts.values():
+    for _, hier in parts:
         hier.proxies.detach().zero_()
     callback.on_train_begin(args, state, None, model=model)
-    assert all(torch.equal(hier.proxies, old) for (_, hier), old in zip(parts.values(), before, strict=True))
+    assert all(torch.equal(hier.proxies, old) for (_, hier), old in zip(parts, before, strict=True))
 
 
 def test_bad_input(model):

@@ -7,6 +7,7 @@ from typing import Any
 
 import geoopt
 import numpy as np
+import torch
 from torch import Tensor
 
 MIN_TEMPERATURE = 1e-30  # distances divided by a smaller number can be infinite in float32
@@ -71,7 +72,7 @@ def check_finite(name: str, embeddings: Tensor, width: int | None = None) -> Non
 
 
 def check_batch(embeddings: Tensor, width: int | None, labels: Tensor | None, features: Tensor | None) -> None:
-    """Raise unless embeddings have ``width`` columns, if that is given, and the others a row for each of them."""
+    """Raise unless embeddings have ``width`` columns (``None``: any), and the others, if given, as many rows."""
     check_embeddings("embeddings", embeddings, width)
     count = len(embeddings)
     if labels is not None:
@@ -99,7 +100,9 @@ def check_names(names: Any, count: int) -> list[str]:
 
 def to_numpy(values: Any) -> np.ndarray:
     """Tensor, array or lists as an array."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    return (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
 
 
 def to_vector(labels: Any, count: int, kind: str) -> np.ndarray:

@@ -39,7 +39,7 @@ class OptimizerWatch:
         if self._updates == _FORGOTTEN_AFTER:
             self._updates = None
             # Some optimizers write to .data, which does not change the version.
-            if torch.equal(proxies.detach().sum(), self._start):
+            if torch.equal(proxies.detach().sum(), self._start.to(proxies)):
                 warnings.warn(
                     f"the proxies of HIERLoss did not change in {_FORGOTTEN_AFTER} training steps: no optimizer "
                     "has them. Use torch.optim.Adam([*model.parameters(), *loss_func.parameters()]); in a trainer "

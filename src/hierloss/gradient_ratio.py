@@ -35,7 +35,8 @@ def hold_gradient_ratio(
     Args:
         embeddings: shape ``(N, D)``, the same tensor that the other losses use.
         ratio: ``r``; ``None`` does not scale.
-        on_ratio: called in each backward pass with ``|g| / |h|`` before scaling, a 0-dim tensor.
+        on_ratio: called with ``|g| / |h|`` before scaling, a 0-dim tensor, in each backward pass of several
+            losses.
         on_alone: called in each backward pass in which no other loss uses the tensor, if there is a ratio.
 
     Example:

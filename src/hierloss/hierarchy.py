@@ -75,6 +75,9 @@ class Hierarchy:
                     raise ValueError(f"{name} must have shape ({size},), got shape {array.shape}")
                 object.__setattr__(self, name, _read_only(array))
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy is read-only too
+        return type(self), tuple(getattr(self, name) for name in self.__dataclass_fields__)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Hierarchy):
             return NotImplemented
@@ -87,7 +90,7 @@ class Hierarchy:
     @classmethod
     def from_embeddings(
         cls, embeddings: Tensor, labels: Any = None, *,
-        per_class: bool = False, linkage: str = "average", distances: Tensor | None = None,
+        per_class: bool = False, linkage: str = "average", distances: Tensor | np.ndarray | None = None,
     ) -> "Hierarchy":  # fmt: skip
         """Agglomerative clustering of 2 to 20,000 embeddings or classes by cosine similarity, in ``8 N^2`` bytes.
 
@@ -123,7 +126,8 @@ class Hierarchy:
                 raise ValueError("labels must be given when per_class is True: they say which samples make a leaf")
             values, index = np.unique(values, return_inverse=True)
             unit = torch.nn.functional.normalize(_class_means(unit, index, len(values)))
-            distances = None if distances is None else _class_means(distances.cpu().double(), index, len(values))
+            if distances is not None:
+                distances = _class_means(torch.as_tensor(distances).cpu().double(), index, len(values))
         if not 2 <= len(unit) <= _MAX_LEAVES:
             got = f"{len(unit)} {'classes' if per_class else 'samples'}"
             more = "; use per_class=True or a random subsample" * (len(unit) > 1)

@@ -41,7 +41,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     It is 0 if both are the same proxy. HIER is the mean over the triplets of embeddings (``sample_loss``,
     reduction type ``triplet``) plus the mean over the triplets of proxies (``proxy_loss``). Eval mode is not
-    random: ancestors are the most probable ones, and triplets are evenly spread. A backward pass draws new noise.
+    random: ancestors are the most probable ones, and triplets are evenly spread. In training mode, each backward
+    pass draws new noise.
 
     Call it like any PML loss, with embeddings ``(N, D)`` of any floating dtype and labels ``(N,)`` or ``None``. It
     returns a scalar, at least float32. Embeddings are outputs of the network, neither normalized nor mapped to
@@ -76,7 +77,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         fraction_active: share of the triplets with a loss above 0.
         num_ancestors: number of different proxies drawn as ancestors.
         fraction_clipped: share of the embeddings at the clip radius.
-        unscaled_gradient_ratio: the ratio of the gradients before scaling; set by the backward pass.
+        unscaled_gradient_ratio: the ratio of the gradients before scaling; set if other losses have gradients too.
 
     Raises:
         TypeError, ValueError: an argument that is not as described, or embeddings of another width.
@@ -320,7 +321,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             yield
             if thread in self._unused:
                 warnings.warn(
-                    "a neighbors_from block ended without a call of its HIERLoss, so its features had no effect; "
+                    "a neighbors_from block ended without a call of its HIERLoss that used its features; "
                     "call the loss within the block",
                     stacklevel=3,  # the with statement
                 )
@@ -405,12 +406,13 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         set_size(self.proxies, values, like.dtype)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """`torch.compile` of the loss for a GPU, without its checks: ``hier.compile(mode="reduce-overhead")``."""
+        """Compile the loss by `torch.compile`, for a GPU: ``hier.compile(mode="reduce-overhead")``."""
         if self.embedding_size is None:
             raise RuntimeError("HIERLoss cannot be compiled before its first batch; give embedding_size")
         self._loss_of_batch = torch.compile(self._loss_of_batch, *args, **kwargs)  # type: ignore[method-assign]
         # CUDA graphs write each gradient to the same memory, so gradients are accumulated from copies.
-        self.proxies.register_hook(torch.clone)
+        for parameter in filter(lambda parameter: parameter.requires_grad, self.parameters()):
+            parameter.register_hook(torch.clone)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

@@ -170,10 +170,11 @@ def _taxonomy(values: Any, count: int) -> np.ndarray:
 
 
 def _square(distances: Any) -> np.ndarray:
-    """A finite square matrix in float64."""
+    """A finite square matrix in float64, a copy; its diagonal is not used."""
     matrix = to_numpy(distances).astype(np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
         raise ValueError(f"distances must be of 2 samples or more, shape (N, N), got shape {matrix.shape}")
+    np.fill_diagonal(matrix, 0)
     if not np.isfinite(matrix).all():
         raise ValueError("distances must be finite, got NaN or infinity")
     return matrix

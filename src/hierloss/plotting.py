@@ -189,7 +189,7 @@ def plot_dendrogram(
     drawn = scipy.dendrogram(tree.linkage.copy(), count, "lastp", orientation="left", no_labels=True, ax=ax,
                              link_color_func=lambda node: leaves.color(leaves.below[node]))  # fmt: skip
     members = [leaves.below[node] for node in drawn["leaves"]]
-    low, high = tree.linkage[-count + 1, 2], tree.linkage[-1, 2]
+    low, high = tree.linkage[-count + 1, 2], tree.linkage[-1, 2] or 1.0
     end = max(0.0, 1.1 * low - 0.1 * high) if low < high else 0.0
     xy = np.stack([np.full(count, end), 5 + 10 * np.arange(count)], 1)
     _draw_leaves(ax, xy, members, leaves, above=True)

@@ -142,7 +142,7 @@ def exp_map0(v: Tensor, c: float | Tensor, clip_radius: float | None = None) -> 
     norm = _norm(w)
     factor: float | Tensor = 1.0
     if clip_radius is not None:
-        check_number("radius", clip_radius, positive=False)
+        check_number("clip_radius", clip_radius, positive=False)
         factor, norm = clip_radius / norm.clamp_min(clip_radius), norm.clamp_max(clip_radius)
     norm = (_sqrt(c, w) * norm).clamp_min(linear_norm(w.dtype))
     tanh = norm.tanh().clamp_max(1 - boundary_eps(result_dtype(v)))

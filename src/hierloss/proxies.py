@@ -21,7 +21,7 @@ class UnsizedParameter(torch.nn.UninitializedParameter):
 def set_size(parameter: Any, values: Tensor, dtype: torch.dtype) -> None:
     """Give the parameter its size and values in one step, so that an error leaves it unchanged."""
     if "meta" in (values.device.type, parameter.data.device.type):
-        raise RuntimeError("embedding_size must be given to a HIERLoss on the meta device, got None")
+        raise RuntimeError("HIERLoss cannot get a size on the meta device; give embedding_size on another device")
     dtype = dtype if dtype == torch.float64 else parameter.data.dtype  # no other dtype changes the parameter's
     # The first batch may come in inference mode: a sanity check before training, for instance.
     with torch.inference_mode(False), torch.no_grad():

@@ -135,6 +135,8 @@ class PoincareKNN:
 
     def save(self, filename: str | PathLike[str]) -> None:
         """Write the stored references to a file."""
+        if self._embeddings is None:
+            raise RuntimeError("there are no references to save; call train(embeddings) first")
         torch.save(self._embeddings, filename)
 
     def load(self, filename: str | PathLike[str]) -> None:

@@ -1,12 +1,12 @@
 """Any PML loss, with or without HIER, in the trainer of sentence-transformers."""
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
@@ -25,8 +25,9 @@ class PMLLoss(nn.Module):
     """A PML loss as a loss of ``SentenceTransformerTrainer``.
 
     If the model ends with a ``Normalize`` layer, the loss gets the embeddings before it. HIER needs their norms;
-    cosine similarities do not change. Texts come in one column, and labels are integers. Use the batch sampler
-    ``BatchSamplers.GROUP_BY_LABEL``, which puts several texts of a label into a batch.
+    cosine similarities do not change. Texts come in one column, and labels are integers. The batch sampler
+    ``BatchSamplers.GROUP_BY_LABEL`` puts several texts of a label into a batch. In ``MatryoshkaLoss``, which cuts
+    off columns, use losses without proxies.
 
     The trainer's optimizer gets the parameters of the loss too. ``learning_rate_mapping={"proxies": 1e-2}`` in the
     training arguments gives proxies a learning rate of their own. `SaveLossCallback` saves them with checkpoints.
@@ -65,9 +66,6 @@ class PMLLoss(nn.Module):
             raise ValueError(f"HIERLoss needs embedding_size={size}, that of the model, got None")
         # Not registered as submodules: the trainer must not train the copy.
         self._frozen = [copy.deepcopy(model).eval().requires_grad_(False)] if frozen_neighbors else []
-        last = [*model.children()][-1]
-        if isinstance(last, Normalize) and last.module_input_name == "sentence_embedding":
-            last.register_forward_pre_hook(_keep_raw)
         self.model, self.loss_func = model, loss_func
 
     def forward(self, sentence_features: Sequence[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
@@ -83,11 +81,16 @@ class PMLLoss(nn.Module):
                 "several processes see examples/ddp.py"
             )
         features = dict(sentence_features[0])
-        found = self.model(sentence_features[0])  # adds its results to the features, which AdaptiveLayerLoss needs
-        width = found["sentence_embedding"].shape[1]  # MatryoshkaLoss cuts off columns
-        embeddings = found.get(_RAW, found["sentence_embedding"])[:, :width]
-        self.loss_func.train(self.model.training)  # the trainer evaluates in small batches
+        # The trainer may have wrapped the model, or replaced it.
+        inner = next(part for part in self.model.modules() if isinstance(part, SentenceTransformer))
+        self.loss_func.train(inner.training)  # the trainer evaluates in small batches
+        last = [*inner.children()][-1]
         with ExitStack() as stack:
+            if isinstance(last, Normalize) and last.module_input_name == "sentence_embedding":
+                stack.enter_context(last.register_forward_pre_hook(_keep_raw))
+            found = self.model(sentence_features[0])  # adds to the features, which AdaptiveLayerLoss needs
+            width = found["sentence_embedding"].shape[1]  # MatryoshkaLoss cuts off columns
+            embeddings = found.get(_RAW, found["sentence_embedding"])[:, :width]
             for frozen in self._frozen:
                 with torch.no_grad():
                     neighbors = frozen.to(embeddings.device)(features)["sentence_embedding"]
@@ -101,38 +104,36 @@ class SaveLossCallback(TrainerCallback):  # type: ignore[misc]
     """Saves the proxies of a loss as loss.pt with each checkpoint, and loads them when the training is resumed.
 
     Checkpoints must stay in the output folder of the training arguments. ``load_best_model_at_end`` does not load
-    proxies; ``loss.loss_func.load_state_dict(torch.load("best/loss.pt")["loss_func"])`` does.
+    proxies; ``callback.loss_funcs.load_state_dict(torch.load("best/loss.pt")["loss_funcs"])`` does.
 
     Args:
-        loss: the ``loss`` of the trainer: a `PMLLoss`, or a dict of them. Their model is saved by the trainer.
+        loss: the ``loss`` of the trainer, one or a dict, each a `PMLLoss` or a loss around one.
 
     Raises:
         ValueError: the training is resumed from another folder, or from a checkpoint without loss.pt.
     """
 
-    def __init__(self, loss: PMLLoss | Mapping[str, PMLLoss]) -> None:
-        self.loss_func: nn.Module
-        if isinstance(loss, Mapping):
-            self.loss_func = nn.ModuleDict({name: part.loss_func for name, part in loss.items()})
-        else:
-            self.loss_func = loss.loss_func
+    def __init__(self, loss: nn.Module | Mapping[str, nn.Module]) -> None:
+        losses = loss.values() if isinstance(loss, Mapping) else [loss]
+        parts = (part for own in losses for part in own.modules() if isinstance(part, PMLLoss))
+        self.loss_funcs = nn.ModuleList(part.loss_func for part in parts)
 
     def on_save(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        if state.is_world_process_zero:
-            saved = {"loss_func": self.loss_func.state_dict(), "sum of the model": _sum(model)}
-            torch.save(saved, self._file(args, state))
+        file = self._file(args, state)
+        if state.is_world_process_zero and file.parent.exists():  # a search of hyperparameters has other folders
+            torch.save({"loss_funcs": self.loss_funcs.state_dict(), "sum of the model": _sum(model)}, file)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
         if not state.global_step:
             return
         file = self._file(args, state)
-        saved = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else {}
-        if not math.isclose(saved.get("sum of the model", math.inf), _sum(model), rel_tol=1e-9):
+        saved = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+        if saved is None or not np.isclose(saved["sum of the model"], _sum(model), rtol=1e-9, equal_nan=True):
             raise ValueError(
                 f"training is resumed from step {state.global_step}, but {file} is missing or of another run; "
                 "resume in the output_dir that was trained in, with SaveLossCallback from the start"
             )
-        self.loss_func.load_state_dict(saved["loss_func"])
+        self.loss_funcs.load_state_dict(saved["loss_funcs"])
 
     @staticmethod
     def _file(args: Any, state: Any) -> Path:
