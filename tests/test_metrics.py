@@ -27,8 +27,7 @@ def holding(tree, i, j):
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_dendrogram_purity_equals_definition(seed, ties, monkeypatch):
-    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 50)  # several chunks of classes
+def test_dendrogram_purity_equals_definition(seed, ties):
     tree = random_tree(14, seed, ties)
     if ties:
         assert len(set(tree.heights)) < 8  # several merges at the same height are one node
@@ -100,8 +99,7 @@ def hierarchical_ap_by_definition(distances, taxonomy, alpha):
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("seed", range(3))
-def test_hierarchical_average_precision_equals_definition(seed, alpha, monkeypatch):
-    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 100)
+def test_hierarchical_average_precision_equals_definition(seed, alpha):
     distances, taxonomy = random_ranking(seed)
     expected = hierarchical_ap_by_definition(distances, taxonomy, alpha)
     assert metrics.hierarchical_average_precision(distances, taxonomy, alpha) == pytest.approx(expected, abs=1e-12)
@@ -129,8 +127,7 @@ def test_hierarchical_average_precision_of_good_and_bad_order():
 
 
 @pytest.mark.parametrize("k", [1, 4])
-def test_hierarchical_recall_equals_definition(k, monkeypatch):
-    monkeypatch.setattr(metrics, "_CHUNK_CELLS", 100)
+def test_hierarchical_recall_equals_definition(k):
     distances, taxonomy = random_ranking(1)
     taxonomy[0] = 99, 99, 99  # alone at every level: does not count
     expected = []

@@ -103,9 +103,7 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
     ) -> float:
         nearest = self.knn_func(query, len(reference) - ref_includes_query, reference, ref_includes_query)[1]
         own, other = self._taxonomy(query_labels), self._taxonomy(reference_labels)
-        chunks = np.array_split(np.arange(len(own)), 1 + len(own) * len(other) // 2**22)
-        ranked = nearest.cpu().numpy()
-        scores = np.concatenate([average_precisions(own[rows], other[ranked[rows]]) for rows in chunks])
+        scores = average_precisions(own, (other[order] for order in nearest.cpu().numpy()))
         return float(scores.mean()) if len(scores) else float("nan")
 
     def _taxonomy(self, labels: Tensor) -> np.ndarray:

@@ -12,7 +12,7 @@ Conventions of this file
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,6 @@ from ._checks import check_count, check_number, to_numpy, to_vector
 from .hierarchy import Hierarchy
 
 __all__ = ["ami_per_level", "dendrogram_purity", "hierarchical_average_precision", "hierarchical_recall_at_k"]
-
-_CHUNK_CELLS = 2**22  # of a matrix that are processed at a time: 32 MB in float64
 
 
 def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
@@ -42,19 +40,19 @@ def dendrogram_purity(tree: Hierarchy | np.ndarray, labels: Any) -> float:
     over all pairs as in Monath et al., "Gradient-based Hierarchical Clustering" (KDD 2019).
     """
     tree = tree if isinstance(tree, Hierarchy) else Hierarchy(tree)
-    classes, index = np.unique(to_vector(labels, tree.num_leaves, "leaf"), return_inverse=True)
+    index = np.unique(to_vector(labels, tree.num_leaves, "leaf"), return_inverse=True)[1]
     starts, stops = tree.spans.T
     node = np.arange(tree.num_nodes)
     for child in range(tree.root - 1, tree.num_leaves - 1, -1):
         if tree.heights[child] == tree.heights[tree.parents[child]]:
             node[child] = node[tree.parents[child]]
     total, pairs = 0.0, 0
-    for chunk in np.array_split(np.arange(len(classes)), math.ceil(len(classes) * len(starts) / _CHUNK_CELLS)):
-        running = np.pad((index[tree.leaf_order, None] == chunk).cumsum(0, np.int64), ((1, 0), (0, 0)))
+    for group in range(index.max() + 1):
+        running = np.append(0, (index[tree.leaf_order] == group).cumsum())
         counts = running[stops] - running[starts]
         met = counts * (counts - 1) // 2
         np.subtract.at(met, tree.parents[:-1], met[:-1].copy())  # pairs that meet at the node, not below it
-        total += float((met * (counts / tree.sizes[:, None])[node]).sum())
+        total += float(met @ (counts / tree.sizes)[node])
         pairs += int(met.sum())
     if pairs == 0:
         raise ValueError("labels must give some class two leaves or more, got a different label for each leaf")
@@ -100,10 +98,10 @@ def hierarchical_recall_at_k(distances: Any, taxonomy: Any, k: int = 1) -> list[
     levels = _taxonomy(taxonomy, len(matrix))
     if check_count("k", k) >= len(matrix):
         raise ValueError(f"k must be at most {len(matrix) - 1}, the other samples, got {k}")
-    hits = [(levels[order[:, :k]] == levels[rows, None]).any(1) for rows, order in _rankings(matrix)]
+    nearest = np.stack([order[:k] for order in _rankings(matrix)])
     shares = []
-    for level, hit in zip(levels.T, np.concatenate(hits).T, strict=True):
-        counted = np.bincount(level)[level] > 1
+    for level in levels.T:
+        hit, counted = (level[nearest] == level[:, None]).any(1), np.bincount(level)[level] > 1
         shares.append(float(hit[counted].mean()) if counted.any() else math.nan)
     return shares
 
@@ -134,30 +132,26 @@ def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float =
     matrix = _square(distances)
     levels = _taxonomy(taxonomy, len(matrix))
     alpha = check_number("alpha", alpha, positive=False)
-    parts = [average_precisions(levels[rows], levels[order], alpha) for rows, order in _rankings(matrix)]
-    found = np.concatenate(parts)
+    found = average_precisions(levels, (levels[order] for order in _rankings(matrix)), alpha)
     if not len(found):
         raise ValueError("taxonomy must give some sample another of its class, got none with anything relevant")
     return float(found.mean())
 
 
-def average_precisions(query: np.ndarray, ranked: np.ndarray, alpha: float = 1.0) -> np.ndarray:
-    """H-AP of each query of taxonomy ``(N, L)`` that has relevant samples in its ranking ``(N, M, L)``."""
-    depth = query.shape[1]
-    weights = (np.arange(depth + 1) / depth) ** alpha
-    weights[0] = 0
-    shared = (ranked == query[:, None]).sum(2)
-    per_level = np.stack([(shared == level).sum(1) for level in range(depth + 1)], 1)
-    of_level = weights / np.maximum(per_level, 1)
-    relevance = np.take_along_axis(of_level, shared, 1)
-    # min(rel(j), rel(k)) depends on the two levels alone: sum over j, level by level
-    gained = np.zeros_like(relevance)
-    for level in range(1, depth + 1):
-        gained += np.minimum(of_level[:, [level]], relevance) * (shared == level).cumsum(1)
-    total = relevance.sum(1)
-    precision = gained / np.arange(1, ranked.shape[1] + 1) * (relevance > 0)
-    scores: np.ndarray = precision.sum(1)[total > 0] / total[total > 0]
-    return scores
+def average_precisions(query: np.ndarray, ranked: Iterable[np.ndarray], alpha: float = 1.0) -> np.ndarray:
+    """H-AP of each query of taxonomy ``(N, L)`` with relevant samples in its ranking, of taxonomy ``(M, L)``."""
+    levels = np.arange(query.shape[1] + 1)
+    weights = (levels / levels[-1]) ** alpha * (levels > 0)
+    scores = []
+    for own, others in zip(query, ranked, strict=True):
+        shared = (others == own).sum(1)
+        of_level = weights / np.maximum(np.bincount(shared, minlength=len(levels)), 1)
+        relevance = of_level[shared]
+        # min(rel(j), rel(k)) depends on the two levels alone: sum over j, level by level
+        gained = (np.minimum.outer(of_level, relevance) * (shared == levels[:, None]).cumsum(1)).sum(0)
+        if relevance.any():
+            scores.append((gained / np.arange(1, len(shared) + 1)).sum() / relevance.sum())
+    return np.array(scores)
 
 
 def _taxonomy(values: Any, count: int) -> np.ndarray:
@@ -180,10 +174,7 @@ def _square(distances: Any) -> np.ndarray:
     return matrix
 
 
-def _rankings(matrix: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Some rows, and the other samples in order of their distance from each of them."""
-    count = len(matrix)
-    for rows in np.array_split(np.arange(count), math.ceil(count * count / _CHUNK_CELLS)):
-        distances = matrix[rows]
-        distances[np.arange(len(rows)), rows] = np.inf
-        yield rows, np.argsort(distances, 1, kind="stable")[:, :-1]
+def _rankings(matrix: np.ndarray) -> Iterator[np.ndarray]:
+    """The other samples in the order of their distance from each sample."""
+    np.fill_diagonal(matrix, np.inf)
+    return (np.argsort(row, kind="stable")[:-1] for row in matrix)
