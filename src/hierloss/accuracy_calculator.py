@@ -56,10 +56,8 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
         chains = [np.ravel(to_numpy(above)).tolist() for above in given.values()]
         depths = {len(chain) for chain in chains}
         if len(depths) != 1 or depths == {0}:
-            raise ValueError(
-                "taxonomy must give every label the same number of superclasses, at least one, got "
-                + (" and ".join(map(str, sorted(depths))) or "no label")
-            )
+            got = " and ".join(map(str, sorted(depths))) or "no label"
+            raise ValueError(f"taxonomy must give labels the same number of superclasses, at least one, got {got}")
         levels = [np.unique(level, return_inverse=True)[1] for level in np.array(chains, str).T]
         try:
             labels = [int(label) for label in given]
@@ -82,9 +80,8 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
         ref_includes_query: bool,
         **_: Any,
     ) -> Any:
-        found, own, other = (
-            torch.from_numpy(self._taxonomy(x)[..., 1]) for x in (knn_labels, query_labels, reference_labels)
-        )
+        labels = knn_labels, query_labels, reference_labels
+        found, own, other = (torch.from_numpy(self._taxonomy(values)[..., 1]) for values in labels)
         counts = pml.get_label_match_counts(own, other, pml.EQUALITY)
         counted = pml.get_lone_query_labels(own, counts, ref_includes_query, pml.EQUALITY)[1]
         if not counted.any():
@@ -93,14 +90,9 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
         return pml.precision_at_k(found[counted], own[counted][:, None], found.shape[1], *options)
 
     def calculate_hierarchical_average_precision(
-        self,
-        query: Tensor,
-        reference: Tensor,
-        query_labels: Tensor,
-        reference_labels: Tensor,
-        ref_includes_query: bool,
-        **_: Any,
-    ) -> float:
+        self, query: Tensor, reference: Tensor, query_labels: Tensor, reference_labels: Tensor,
+        ref_includes_query: bool, **_: Any,
+    ) -> float:  # fmt: skip
         nearest = self.knn_func(query, len(reference) - ref_includes_query, reference, ref_includes_query)[1]
         own, other = self._taxonomy(query_labels), self._taxonomy(reference_labels)
         scores = average_precisions(own, (other[order] for order in nearest.cpu().numpy()))
