@@ -20,7 +20,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.offsetbox import AnnotationBbox  # noqa: E402
 
-from hierloss import _layout as layout  # noqa: E402
 from hierloss import plotting  # noqa: E402
 
 
@@ -99,7 +98,7 @@ def test_embeddings_legend_and_axes():
     faces = {tuple(c.get_facecolor()[0]) for c in ax.collections}
     assert len(faces) == 3
     assert plotting.plot_embeddings(embeddings).get_legend() is None
-    assert len({*layout.STYLES}) == 80
+    assert len({*plotting._STYLES}) == 80
 
 
 def test_embeddings_of_a_learnable_curvature(recwarn):
@@ -143,7 +142,7 @@ def crossings(segments):
 @pytest.mark.parametrize("seed", range(3))
 def test_disk_shows_heights_as_distances_from_the_middle_and_no_edges_cross(seed):
     tree = make_tree(24, seed)
-    points, edges, scale = layout.on_disk(tree)
+    points, edges, scale = plotting._on_disk(tree)
     assert scale == pytest.approx(3 / tree.heights[-1])
     np.testing.assert_allclose(disk_distance(points, 0), scale * (tree.heights[-1] - tree.heights), atol=1e-12)
     leaves = np.angle(points[tree.leaf_order]) % (2 * math.pi)
@@ -160,7 +159,7 @@ def test_disk_draws_each_leaf_in_its_colour():
     tree = make_tree(40)
     ax = plotting.plot_disk(tree, class_names=["a", "b", "c", "d"])
     inner, *groups = drawn_points(ax)
-    points, *_ = layout.on_disk(tree)
+    points, *_ = plotting._on_disk(tree)
     np.testing.assert_allclose(inner, np.stack([points.real, points.imag], 1)[40:])
     for label, group in enumerate(groups):
         np.testing.assert_allclose(group[:, 0], points[:40].real[tree.leaf_labels == label])
@@ -266,12 +265,12 @@ def test_branches_have_the_colour_of_most_of_their_leaves():
     matrix = [[0, 1, 1, 2], [4, 2, 2, 3], [5, 3, 3, 4]]
     tree = Hierarchy(matrix, [0, 0, 1, 1])
     edges = plotting.plot_disk(tree).collections[0].get_colors()
-    a, b = (matplotlib.colors.to_rgba(layout.STYLES[group][0]) for group in (0, 1))
+    a, b = (matplotlib.colors.to_rgba(plotting._STYLES[group][0]) for group in (0, 1))
     np.testing.assert_allclose(edges, [a, a, b, b, a, a])
     tree = Hierarchy(matrix, [0, 1, 0, 1])
     links = [c for c in plotting.plot_dendrogram(tree).collections if hasattr(c, "get_segments")]
     colors = {tuple(c.get_colors()[0]): len(c.get_segments()) for c in links}
-    assert colors == {matplotlib.colors.to_rgba(layout.GREY): 2, a: 1}
+    assert colors == {matplotlib.colors.to_rgba(plotting._GREY): 2, a: 1}
 
 
 def test_legend_of_many_groups_covers_no_picture():
@@ -296,7 +295,7 @@ def test_large_trees_are_pruned(kind):
     ax = DRAW[kind](tree, max_leaves=20)
     groups = drawn_points(ax)[1 if kind == "disk" else 0 :]
     assert sum(map(len, groups)) == 20
-    small, members = layout.prune(tree, 20)
+    small, members = plotting._prune(tree, 20)
     assert sorted(itertools.chain(*members)) == list(range(300))
     assert small.num_leaves == 20
     np.testing.assert_array_equal(small.heights[20:], tree.heights[-19:])
@@ -386,7 +385,7 @@ def test_images_of_all_shapes():
         (colour, colour),
         (torch.from_numpy(colour).movedim(-1, 1), colour),
     ]:
-        for image, array in zip(layout.as_images(images, 3), expected, strict=True):
+        for image, array in zip(plotting._as_images(images, 3), expected, strict=True):
             np.testing.assert_array_equal(image, array)
 
 
@@ -596,7 +595,7 @@ def test_page_of_a_large_tree_draws_its_top_on_the_disk_and_all_of_it_to_fold(br
     plotting.write_html(tree, path)
     shown = Page(browser, path)
     edges = shown.run("return document.querySelectorAll('#disk [id^=LineCollection_] path').length")
-    assert edges == layout.prune(tree, 200)[0].num_nodes - 1
+    assert edges == plotting._prune(tree, 200)[0].num_nodes - 1
     assert shown.run("return tree._fullData[0].ids.length") == tree.num_nodes
     assert path.stat().st_size < 6_000_000
 

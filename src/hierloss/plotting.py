@@ -10,6 +10,7 @@ import io
 import math
 import string
 import textwrap
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -19,8 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from . import poincare
-from ._checks import check_count, check_finite
-from ._layout import GREY, Leaves, Names, as_images, grouped, on_disk, prune, style
+from ._checks import check_count, check_finite, check_names, to_numpy, to_vector
 from .distances import PoincareDistance
 from .hierarchy import Hierarchy
 
@@ -29,8 +29,14 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_dendrogram", "plot_disk", "plot_embeddings", "write_html"]
 
+Names = Sequence[str] | Mapping[Any, str] | None
 _FONT, _LINE = 7, 7.6  # size of names, and the room that each needs, in points
 _CIRCLE = np.exp(2j * math.pi * np.linspace(0, 1, 181))
+# Paul Tol's bright palette, which colour-blind readers can tell apart, and four more; clear on white and on black.
+_COLORS = "4477AA EE6677 228833 CCBB44 66CCEE AA3377 EE7733 009988 9977CC AA7744"
+_STYLES = [("#" + color, marker) for marker in "os^DvPX*" for color in _COLORS.split()]
+_GREY = "#8C8C8C"
+_LEAF_DISTANCE = 3.0  # hyperbolic distance of leaves from the root: 0.905 of the radius
 
 
 def plot_embeddings(
@@ -55,7 +61,7 @@ def plot_embeddings(
         >>> ax = plot_embeddings(torch.randn(20, 8), torch.arange(20) % 4, torch.randn(5, 8))
     """
     check_finite("embeddings", embeddings)
-    groups, index = grouped(labels, len(embeddings), class_names, "embedding")
+    groups, index = _grouped(labels, len(embeddings), class_names, "embedding")
     distance = PoincareDistance() if distance is None else distance
     on_ball = [distance.maybe_normalize(embeddings)]
     if proxies is not None:
@@ -83,9 +89,9 @@ def plot_embeddings(
     ticks = _imported("matplotlib.ticker").MaxNLocator(6).tick_values(0, 2 * norms.max())[1:-1]
     for far in [*ticks, clip, math.inf]:
         radius, dashed = math.tanh(root * far / 2), far == clip < math.inf
-        ax.plot(*_xy(radius * _CIRCLE), color=GREY, lw=0.7, ls="--" if dashed else "-", zorder=0)
+        ax.plot(*_xy(radius * _CIRCLE), color=_GREY, lw=0.7, ls="--" if dashed else "-", zorder=0)
         if far in ticks and not dashed:
-            ax.text(0, radius, f"{far:g}", color=GREY, fontsize=_FONT, ha="center")
+            ax.text(0, radius, f"{far:g}", color=_GREY, fontsize=_FONT, ha="center")
     limit = min(1.0, 1.08 * math.tanh(root * norms.max()) or 1.0)
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
     ax.set_axis_off()
@@ -99,7 +105,7 @@ def plot_disk(
     r"""Draw a hierarchy on the Poincaré disk, the root in the middle.
 
     The hyperbolic distance of a node from the root is proportional to the difference of their heights; the factor
-    is written in the corner. Leaves are evenly spaced. An edge goes along the circle of the parent, and then
+    is written in the corner. _Leaves are evenly spaced. An edge goes along the circle of the parent, and then
     straight outwards. A branch has the colour of the label of more than half of its leaves, grey if there is none.
 
     Args:
@@ -117,10 +123,10 @@ def plot_disk(
     Example:
         >>> ax = plot_disk(Hierarchy.from_embeddings(torch.randn(20, 8)), labels=torch.arange(20) % 4)
     """
-    leaves = Leaves(tree, labels, class_names, names)
-    pictures = [] if images is None else as_images(images, tree.num_leaves)
-    small, members = prune(tree, max_leaves)
-    points, edges, scale = on_disk(small)
+    leaves = _Leaves(tree, labels, class_names, names)
+    pictures = [] if images is None else _as_images(images, tree.num_leaves)
+    small, members = _prune(tree, max_leaves)
+    points, edges, scale = _on_disk(small)
     count, width = len(members), max(7.5, 4.5 + 0.032 * len(members))  # inches: room for all names
     ax = _new_axes(width, width + 0.03 * len(leaves.groups)) if ax is None else ax
     from matplotlib.collections import LineCollection
@@ -130,8 +136,8 @@ def plot_disk(
     below = [*members, *leaves.below[1 - count : -1]]  # the inner nodes are those of the tree, without the root
     colors, widths = [*map(leaves.color, below)], [0.7 + 0.2 * math.log2(len(rows)) for rows in below]
     ax.add_collection(LineCollection([np.transpose(_xy(edge)) for edge in edges], colors=colors, lw=widths))
-    ax.plot(*_xy(_CIRCLE), color=GREY, lw=0.8, zorder=0)
-    ax.scatter(*_xy(points[count:]), s=4, color=GREY, zorder=2)
+    ax.plot(*_xy(_CIRCLE), color=_GREY, lw=0.8, zorder=0)
+    ax.scatter(*_xy(points[count:]), s=4, color=_GREY, zorder=2)
     ax.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
     ax.set_axis_off()
     _draw_leaves(ax, np.transpose(_xy(points[:count])), members, leaves)
@@ -146,10 +152,10 @@ def plot_disk(
     titles, notice = _titles(leaves, members, places, 2 * math.pi * unit)
     if pictures or leaves.named:
         leads = [np.transpose(_xy([leaf, 1.02 * end])) for leaf, end in zip(points, around, strict=False)]
-        ax.add_collection(LineCollection(leads, colors=GREY, lw=0.4, alpha=0.5, zorder=0))
+        ax.add_collection(LineCollection(leads, colors=_GREY, lw=0.4, alpha=0.5, zorder=0))
     for rows, at, title in zip(members, around, titles, strict=True):
         if pictures:
-            image, (color, _) = pictures[rows[0]], style(leaves.group(rows))
+            image, (color, _) = pictures[rows[0]], _style(leaves.group(rows))
             frame = {"ec": color, "lw": max(0.6, side * unit / 20)}
             zoom = 0.88 * side * unit / max(image.shape[:2])
             box = OffsetImage(image, zoom=zoom, cmap="gray", norm=Normalize(0, 255))
@@ -159,7 +165,7 @@ def plot_disk(
                 rotation_mode="anchor", va="center", ha="right" if left else "left")  # fmt: skip
     pruned = f"{tree.num_leaves} leaves in {count} branches" * (count < tree.num_leaves)
     notes = filter(None, [notice, pruned, f"distance from the root =\n{scale:.3g} × difference of height"])
-    ax.text(0, 0, "\n".join(notes), fontsize=_FONT, color=GREY, transform=ax.transAxes)
+    ax.text(0, 0, "\n".join(notes), fontsize=_FONT, color=_GREY, transform=ax.transAxes)
     ax.set(xlim=(-half / unit, half / unit), ylim=(-half / unit, half / unit))
     return ax
 
@@ -178,7 +184,7 @@ def plot_dendrogram(
 
     Source: ``scipy.cluster.hierarchy.dendrogram``.
     """
-    scipy, leaves = _imported("scipy.cluster.hierarchy"), Leaves(tree, labels, class_names, names)
+    scipy, leaves = _imported("scipy.cluster.hierarchy"), _Leaves(tree, labels, class_names, names)
     count = min(check_count("max_leaves", max_leaves, minimum=2), tree.num_leaves)
     row = _LINE / 72 if leaves.named else 0.05  # inches
     ax = _new_axes(9, max(4.5, 1.5 + 0.03 * len(leaves.groups) + row * count)) if ax is None else ax
@@ -194,7 +200,7 @@ def plot_dendrogram(
     ax.set_yticks(xy[:, 1], titles)
     ax.tick_params(axis="y", left=False, labelleft=False, labelright=True, pad=6, labelsize=_FONT)
     ax.spines[["top", "left", "right"]].set_visible(False)
-    ax.text(1.01, 0, notice, fontsize=_FONT, color=GREY, va="top", transform=ax.transAxes)
+    ax.text(1.01, 0, notice, fontsize=_FONT, color=_GREY, va="top", transform=ax.transAxes)
     return ax
 
 
@@ -226,7 +232,7 @@ def write_html(
         figure.savefig(svg, format="svg", transparent=True, dpi=150, metadata={"Date": None})
         pyplot.close(figure)
     _, tag, picture = svg.getvalue().partition("<svg")  # without the head of an XML file
-    trace = _icicle(tree, Leaves(tree, *map(disk.get, ("labels", "class_names", "names"))), texts)
+    trace = _icicle(tree, _Leaves(tree, *map(disk.get, ("labels", "class_names", "names"))), texts)
     layout = {"margin": {"l": 0, "r": 0, "t": 24, "b": 0}, "paper_bgcolor": "rgba(0,0,0,0)"}
     icicle = plotly.to_html(
         {"data": [trace], "layout": layout}, {"responsive": True, "displayModeBar": False},
@@ -237,7 +243,98 @@ def write_html(
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _icicle(tree: Hierarchy, leaves: Leaves, texts: Any) -> dict[str, Any]:
+class _Leaves:
+    """Groups (by label) and names of the leaves, checked, with defaults filled in."""
+
+    def __init__(self, tree: Hierarchy, labels: Any = None, class_names: Any = None, names: Any = None) -> None:
+        own, count = tree.leaf_labels, tree.num_leaves
+        repeated = own is not None and len(np.unique(own)) < count
+        if labels is None and repeated:
+            labels = own
+        elif names is None and own is not None and not repeated:
+            groups, index = _grouped(own, count, class_names if labels is None else None, "leaf")
+            names = [groups[group] for group in index]
+        self.named, self.labelled = names is not None, labels is not None
+        self.names = check_names(range(count) if names is None else names, count)
+        self.groups, self.index = _grouped(labels, count, class_names, "leaf")
+        self.below = [tree.leaf_order[start:stop] for start, stop in tree.spans]
+
+    def group(self, rows: np.ndarray) -> int:
+        """The most frequent group of some leaves."""
+        return int(np.bincount(self.index[rows]).argmax())
+
+    def color(self, rows: np.ndarray) -> str:
+        """The colour of a branch: that of the group of more than half of its leaves, else grey."""
+        group = self.group(rows)
+        return _style(group)[0] if self.labelled and (self.index[rows] == group).mean() > 0.5 else _GREY
+
+    def title(self, rows: np.ndarray) -> str:
+        """The name of a leaf, or the most frequent group and the number of leaves of a branch."""
+        if len(rows) == 1 or not self.labelled:
+            return self.names[rows[0]] if len(rows) == 1 else f"{len(rows)} leaves"
+        group = self.group(rows)
+        return f"{self.groups[group]}: {(self.index[rows] == group).sum()} of {len(rows)}"
+
+
+def _grouped(labels: Any, count: int, class_names: Names, kind: str) -> tuple[list[str], np.ndarray]:
+    """Names of the distinct labels, in their order, and the index of the name of each leaf or embedding."""
+    if labels is None:
+        return ["all"], np.zeros(count, int)
+    distinct, index = np.unique(to_vector(labels, count, kind), return_inverse=True)
+    if class_names is None:
+        return [str(label) for label in distinct.tolist()], index
+    known = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names))
+    for label in distinct.tolist():
+        if label not in known:
+            raise ValueError(f"class_names must have a name for each label, got none for {label!r}")
+    return [str(known[label]) for label in distinct.tolist()], index
+
+
+def _style(group: int) -> tuple[str, str]:
+    """Colour and marker of a group; they repeat after all combinations."""
+    return _STYLES[group % len(_STYLES)]
+
+
+def _as_images(images: Any, count: int) -> list[np.ndarray]:
+    """One array of bytes for each leaf, ``(H, W)`` or ``(H, W, 3 or 4)``."""
+    if isinstance(images, Tensor):
+        images = to_numpy(images.movedim(1, -1) if images.ndim == 4 else images)
+    if len(images) != count:
+        raise ValueError(f"images must be {count}, one for each leaf, got {len(images)}")
+    arrays = [array[..., 0] if array.shape[2:] == (1,) else array for array in map(np.asarray, images)]
+    for array in arrays:
+        if array.ndim < 2 or array.shape[2:] not in ((), (3,), (4,)):
+            raise ValueError(f"images must be (H, W) or (H, W, 1, 3 or 4) each, got shape {array.shape}")
+    if all(array.dtype == np.uint8 for array in arrays):
+        return arrays
+    low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
+    return [((array - low) / ((high - low) or 1) * 255).astype(np.uint8) for array in arrays]
+
+
+def _prune(tree: Hierarchy, max_leaves: int) -> tuple[Hierarchy, list[np.ndarray]]:
+    """The top of a tree, with at most ``max_leaves`` leaves, and the original leaves under each of them."""
+    from scipy.cluster.hierarchy import from_mlab_linkage
+
+    count = min(check_count("max_leaves", max_leaves, minimum=2), tree.num_leaves)
+    first, top = tree.num_nodes - count + 1, tree.linkage[1 - count :]
+    ends = np.flatnonzero(tree.parents[:first] >= first)
+    children = np.searchsorted(np.append(ends, np.arange(first, tree.num_nodes)), top[:, :2])
+    linkage = from_mlab_linkage(np.column_stack([children + 1, top[:, 2]]))  # counts the leaves of each node
+    return Hierarchy(linkage), [tree.leaves(int(end)) for end in ends]
+
+
+def _on_disk(tree: Hierarchy) -> tuple[np.ndarray, np.ndarray, float]:
+    """Points of the unit disk for all nodes, edges to their parents, and hyperbolic length per unit of height."""
+    scale = _LEAF_DISTANCE / float(tree.heights[-1] or 1.0)
+    radii = np.tanh(scale * (tree.heights[-1] - tree.heights) / 2)
+    angles = 2 * math.pi * tree.spans.mean(1) / tree.num_leaves
+    points = radii * np.exp(1j * angles)
+    turns = np.linspace(angles[tree.parents[:-1]], angles[:-1], 20, axis=1)
+    arcs = radii[tree.parents[:-1], None] * np.exp(1j * turns)
+    return points, np.column_stack([arcs, points[:-1]]), scale
+
+
+def _icicle(tree: Hierarchy, leaves: _Leaves, texts: Any) -> dict[str, Any]:
     """Plotly's foldable icicle plot. User text is escaped, because plotly interprets some HTML in texts."""
     hover = [[leaves.title(rows)] for rows in leaves.below]
     for node, lines in enumerate(hover):
@@ -258,7 +355,7 @@ def _icicle(tree: Hierarchy, leaves: Leaves, texts: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _draw_leaves(ax: "Axes", xy: Any, members: list[np.ndarray], leaves: Leaves, above: bool = False) -> None:
+def _draw_leaves(ax: "Axes", xy: Any, members: list[np.ndarray], leaves: _Leaves, above: bool = False) -> None:
     """Markers of the leaves, by label, that grow with the number of leaves they stand for; and the legend."""
     index = np.array([leaves.group(rows) for rows in members])
     sizes = 16 + 10 * np.log2([len(rows) for rows in members])
@@ -270,7 +367,7 @@ def _draw_leaves(ax: "Axes", xy: Any, members: list[np.ndarray], leaves: Leaves,
 def _draw_points(ax: Any, xy: Any, index: np.ndarray, groups: list[str], sizes: Any, **options: Any) -> None:
     """Points in the colour and marker of their group."""
     for group in np.unique(index):
-        rows, (color, marker), name = index == group, style(group), _plain(groups[group])
+        rows, (color, marker), name = index == group, _style(group), _plain(groups[group])
         s = sizes[rows] if np.ptp(sizes[rows]) else sizes[rows][:1]  # SVG stores markers of one size only once
         ax.scatter(*xy[rows].T, s=s, color=color, marker=marker, lw=0, zorder=3, label=name, **options)
 
@@ -285,7 +382,7 @@ def _draw_legend(ax: Any, above: bool = False) -> None:
         handle.set(sizes=[26])
 
 
-def _titles(leaves: Leaves, members: Any, places: Any, room: float) -> tuple[list[str], str]:
+def _titles(leaves: _Leaves, members: Any, places: Any, room: float) -> tuple[list[str], str]:
     """The text at each drawn leaf, empty if there is no room or no name; and a notice of the omitted names."""
     step = max(1, math.ceil(len(members) * _LINE / room)) if leaves.named else 1
     # On a circle, the first name is next to the last.
