@@ -73,13 +73,9 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
         return self.calculate_superclass_precision_at_k(knn_labels[:, :1], **arguments)
 
     def calculate_superclass_precision_at_k(
-        self,
-        knn_labels: Tensor,
-        query_labels: Tensor,
-        reference_labels: Tensor,
-        ref_includes_query: bool,
+        self, knn_labels: Tensor, query_labels: Tensor, reference_labels: Tensor, ref_includes_query: bool,
         **_: Any,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         labels = knn_labels, query_labels, reference_labels
         found, own, other = (torch.from_numpy(self._taxonomy(values)[..., 1]) for values in labels)
         counts = pml.get_label_match_counts(own, other, pml.EQUALITY)
