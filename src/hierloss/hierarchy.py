@@ -10,7 +10,7 @@ Conventions of this file
 import json
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -76,12 +76,12 @@ class Hierarchy:
                 object.__setattr__(self, name, _read_only(array))
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy is read-only too
-        return type(self), tuple(getattr(self, name) for name in self.__dataclass_fields__)
+        return type(self), astuple(self)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Hierarchy):
             return NotImplemented
-        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+        return all(map(np.array_equal, astuple(self), astuple(other)))
 
     def __repr__(self) -> str:
         ancestors = "" if self.proxies is None else f", num_ancestors={len(set(self.proxies[self.num_leaves :]))}"
@@ -299,10 +299,8 @@ class Hierarchy:
         Nodes have the attributes ``height`` and, where the tree has them, ``proxy``, ``radius`` and ``label``;
         edges have the attribute ``length``, the difference of the heights.
         """
-        try:
-            import networkx
-        except ImportError as error:
-            raise ImportError('to_networkx needs networkx: pip install "hierloss[hierarchy]"') from error
+        import networkx
+
         above, graph = self.parents[:-1], networkx.DiGraph()
         lengths = self.heights[above] - self.heights[:-1]
         edges = zip(above.tolist(), range(self.root), lengths.tolist(), strict=True)
