@@ -94,11 +94,11 @@ def hierarchical_recall_at_k(distances: Any, taxonomy: Any, k: int = 1) -> list[
     Source: Jégou, Douze, Schmid, "Product Quantization for Nearest Neighbor Search" (PAMI 2011) for
     recall@k as metric learning uses it, applied to each level.
     """
-    matrix = _square(distances)
-    levels = _taxonomy(taxonomy, len(matrix))
-    if check_count("k", k) >= len(matrix):
-        raise ValueError(f"k must be at most {len(matrix) - 1}, the other samples, got {k}")
-    nearest = np.stack([order[:k] for order in _rankings(matrix)])
+    rankings = _rankings(distances)
+    levels = _taxonomy(taxonomy, len(distances))
+    if check_count("k", k) >= len(levels):
+        raise ValueError(f"k must be at most {len(levels) - 1}, the other samples, got {k}")
+    nearest = np.stack([order[:k] for order in rankings])
     shares = []
     for level in levels.T:
         hit, counted = (level[nearest] == level[:, None]).any(1), np.bincount(level)[level] > 1
@@ -129,10 +129,10 @@ def hierarchical_average_precision(distances: Any, taxonomy: Any, alpha: float =
     Source: Ramzi, Audebert, Thome, Rambour, Bitot, "Hierarchical Average Precision Training for Pertinent
     Image Retrieval" (ECCV 2022), section 3.1, with the relevances of its experiments.
     """
-    matrix = _square(distances)
-    levels = _taxonomy(taxonomy, len(matrix))
+    rankings = _rankings(distances)
+    levels = _taxonomy(taxonomy, len(distances))
     alpha = check_number("alpha", alpha, positive=False)
-    found = average_precisions(levels, (levels[order] for order in _rankings(matrix)), alpha)
+    found = average_precisions(levels, (levels[order] for order in rankings), alpha)
     if not len(found):
         raise ValueError("taxonomy must give some sample another of its class, got none with anything relevant")
     return float(found.mean())
@@ -163,18 +163,13 @@ def _taxonomy(values: Any, count: int) -> np.ndarray:
     return np.stack([np.unique(level, return_inverse=True)[1] for level in array.T], 1)
 
 
-def _square(distances: Any) -> np.ndarray:
-    """A finite square matrix in float64, a copy; its diagonal is not used."""
-    matrix = to_numpy(distances).astype(np.float64)
+def _rankings(distances: Any) -> Iterator[np.ndarray]:
+    """The other samples in the order of their distance from each sample; sorted one by one, to save memory."""
+    matrix = to_numpy(distances).astype(np.float64)  # a copy
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
         raise ValueError(f"distances must be of 2 samples or more, shape (N, N), got shape {matrix.shape}")
     np.fill_diagonal(matrix, 0)
     if not np.isfinite(matrix).all():
         raise ValueError("distances must be finite, got NaN or infinity")
-    return matrix
-
-
-def _rankings(matrix: np.ndarray) -> Iterator[np.ndarray]:
-    """The other samples in the order of their distance from each sample."""
     np.fill_diagonal(matrix, np.inf)
     return (np.argsort(row, kind="stable")[:-1] for row in matrix)
