@@ -79,7 +79,7 @@ def _sqrt(c: float | Tensor, like: Tensor) -> Tensor:
             raise ValueError(f"c must have one element, one curvature for all points, got shape {tuple(c.shape)}")
         root: Tensor = c.to(like.dtype).reshape(()).sqrt()
         return root + 0 * root  # NaN if c is infinite: such a ball has no points
-    return torch.full((), math.sqrt(check_number("c", c)), dtype=like.dtype, device=like.device)
+    return like.new_full((), math.sqrt(check_number("c", c)))
 
 
 def _norm(x: Tensor, least: float | None = None) -> Tensor:
@@ -183,11 +183,10 @@ def distance(x: Tensor, y: Tensor, c: float | Tensor) -> Tensor:
         tensor([2.1972])
     """
     p, q = unit_ball(x, c), unit_ball(y, c)
-    squared = (p - q).square().sum(-1)
-    same = squared < min_norm(p.dtype) ** 2  # first and second derivatives are set to 0 here
-    gap = squared.masked_fill(same, 1).sqrt().masked_fill(same, 0)
-    ratio = gap * (_lorentz_factor(p) * _lorentz_factor(q)).squeeze(-1)
-    return (2 / _sqrt(c, p) * ratio.asinh()).to(result_dtype(x, y))
+    gap = _norm(p - q)
+    gap = gap.masked_fill(gap <= min_norm(p.dtype), 0)  # first and second derivatives are set to 0 here
+    ratio = gap * (_lorentz_factor(p) * _lorentz_factor(q))
+    return (2 / _sqrt(c, p) * ratio.asinh()).squeeze(-1).to(result_dtype(x, y))
 
 
 def pairwise_distance(x: Tensor, y: Tensor, c: float | Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -242,7 +241,7 @@ class _PairwiseDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(x, y, diameter, dtype):  # type: ignore[no-untyped-def]
-        scale = torch.maximum(_largest_coordinate(x), _largest_coordinate(y))
+        scale = torch.maximum(_largest(x), _largest(y))
         factor = _lorentz_factor(y).mT
         chunks = []
         for (rows,) in _row_chunks(y.shape[-2], x):
@@ -276,8 +275,8 @@ class _PairwiseDistance(torch.autograd.Function):
         return torch.cat(grad_x, -2), grad_y, grad_diameter, None
 
 
-def _largest_coordinate(x: Tensor) -> Tensor:
-    """The largest absolute coordinate; a NaN affects its own row only."""
+def _largest(x: Tensor) -> Tensor:
+    """The largest absolute value, 0 if there is none; a NaN affects its own row only."""
     return x.nan_to_num(nan=0.0).abs().amax() if x.numel() else x.new_zeros(())
 
 
@@ -321,15 +320,12 @@ def from_hyperboloid(points: Tensor, c: float | Tensor) -> Tensor:
 def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = None) -> Tensor:
     r"""Vectors ``(..., D + 2)`` to store for hyperbolic search by inner product, in FAISS or a vector store.
 
-    .. math:: y' = \left(s_y,\; t_y,\; \sqrt{L^2 - |s_y|^2 - t_y^2}\right), \qquad
-        \langle x'', y' \rangle = -\cosh(\sqrt c\,d(x, y))
+    .. math:: y' = \left(s_y,\; t_y,\; \sqrt{L^2 - |s_y|^2 - t_y^2}\right)
 
-    with ``(s, t)`` of `to_hyperboloid` and ``x''`` of `lift_queries`. The nearest references have the greatest
-    inner product. The last coordinate has no effect on it, but gives all vectors the same length ``L``: graphs of
-    neighbours such as HNSW link vectors by their inner product.
-
-    If points that are stored together come in several calls, ``max_distance`` must be the largest distance of all
-    from the origin: ``2 * clip_radius`` for embeddings of a `PoincareDistance`. By default it is that of ``x``.
+    with ``(s, t)`` of `to_hyperboloid`. The nearest references have the greatest inner products with a vector of
+    `lift_queries`. The last coordinate does not change them, but gives all vectors the length ``L``: graphs of
+    neighbours such as HNSW need one length. ``max_distance`` is the largest distance from the origin of all points
+    that are stored together: by default that of ``x``, for embeddings of a `PoincareDistance` ``2 * clip_radius``.
 
     Example:
         >>> references = lift_references(torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.8, 0.0]]), c=1.0)
@@ -342,14 +338,13 @@ def lift_references(x: Tensor, c: float | Tensor, max_distance: float | None = N
     lifted = to_hyperboloid(x, c)
     squared = lifted.square().sum(-1, keepdim=True)
     if max_distance is None:
-        longest = squared.amax() if squared.numel() else squared.new_zeros(())
+        longest = _largest(squared)
     else:
         root = _sqrt(c, lifted)
         farthest = 2 * math.atanh(1 - boundary_eps(lifted.dtype))  # of any point from the origin, for c = 1
         longest = (2 * (root * max_distance).clamp_max(farthest)).cosh() / root.square()
-    rest = longest - squared
-    is_longest = rest <= 0  # where the square root has no gradient
-    return torch.cat([lifted, rest.masked_fill(is_longest, 1).sqrt().masked_fill(is_longest, 0)], -1)
+    rest = (longest - squared).clamp_min(min_norm(squared.dtype) ** 2)  # at 0, the root has no gradient
+    return torch.cat([lifted, rest.sqrt()], -1)
 
 
 def lift_queries(x: Tensor, c: float | Tensor) -> Tensor:
