@@ -1,8 +1,7 @@
 """Nearest neighbours on the Poincaré ball, for PML's evaluators and testers.
 
-Conventions of this file
-    - N queries, M references, D dimensions, k neighbours.
-    - Internally, points are on the ball of radius 1, in float64; distances are scaled back at the end.
+N queries, M references, D dimensions, k neighbours. Internally, points are on the ball of radius 1, in float64;
+distances are scaled back at the end.
 """
 
 from collections.abc import Callable
@@ -23,18 +22,14 @@ _CHUNK_CELLS = 2**22  # numbers that are processed at a time: 32 MB in float64
 
 
 class PoincareKNN:
-    r"""The k nearest references of every query in hyperbolic distance: a ``knn_func`` of PML.
+    """The k nearest references of every query in hyperbolic distance: a ``knn_func`` of PML.
 
-    Exact: equal to sorting all distances in float64, with the lower index first where distances are equal. For a
-    fixed query, the distance decreases as an inner product of lifted points increases,
-
-    .. math:: \cosh(\sqrt c\,d(x, y)) = -\langle x'', y' \rangle
-
-    with ``x''`` of `poincare.lift_queries` and ``y'`` of `poincare.lift_references`. So candidates come from
-    maximum inner product search, by FAISS in float32 where it is installed and the queries are on the CPU,
-    otherwise by torch in float64. They are sorted by their distances in float64. A bound on the rounding errors
-    finds the queries that may have missed a nearer reference. These are searched again with more digits, and
-    finally by all of their distances. Memory is ``O((N + M) D + N k)``.
+    Exact: equal to sorting all distances in float64, with the lower index first where distances are equal.
+    Candidates have the largest inner products of `poincare.lift_queries` and `poincare.lift_references`, found by
+    FAISS in float32 where it is installed and the queries are on the CPU, otherwise by torch in float64. Their
+    distances are sorted in float64. A bound on the rounding errors finds the queries that may have missed a nearer
+    reference. These are searched again with more digits, and finally by all of their distances. Memory is
+    ``O((N + M) D + N k)``.
 
     Give PML's testers and `InferenceModel` ``normalize_embeddings=False``, or they scale embeddings to norm 1.
 
@@ -51,9 +46,8 @@ class PoincareKNN:
         >>> indices[:, 0]
         tensor([0, 1])
 
-    Source: Nickel, Kiela, "Learning Continuous Hierarchies in the Lorentz Model of Hyperbolic Geometry" (ICML
-    2018) for the hyperboloid; Higham, "Accuracy and Stability of Numerical Algorithms" (2002), section 3.1,
-    for the error of an inner product.
+    Source: that of `poincare.lift_references`; Higham, "Accuracy and Stability of Numerical Algorithms" (2002),
+    section 3.1, for the error of an inner product.
     """
 
     def __init__(
