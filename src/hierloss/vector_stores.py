@@ -1,9 +1,7 @@
 """Hyperbolic search in a vector store: vectors to store and to query with, and the order by exact distance.
 
-Conventions of this file
-    - N embeddings of D columns, K candidates of a query.
-    - Vectors have D + 2 columns, in float32: `poincare.lift_references` and `poincare.lift_queries` explain them.
-    - The store searches by inner product (``dot``, ``ip``) and does not normalize vectors.
+The store searches by inner product (``dot``, ``ip``) and does not normalize vectors. These are explained in
+`poincare.lift_references` and `poincare.lift_queries`.
 """
 
 import numpy as np
@@ -19,7 +17,7 @@ __all__ = ["query_vectors", "rerank", "stored_vectors"]
 
 @torch.no_grad()
 def stored_vectors(embeddings: Tensor, distance: PoincareDistance) -> Tensor:
-    """Vectors to store, ``(N, D + 2)``, from finite embeddings ``(N, D)``.
+    """Vectors to store, ``(N, D + 2)`` in float32, from finite embeddings ``(N, D)``.
 
     Without a ``clip_radius``, or with points on the ball, give all embeddings in one call: only then have all
     vectors the same length, which approximate indexes need. After a learned curvature has changed, store all anew.
@@ -36,10 +34,10 @@ def stored_vectors(embeddings: Tensor, distance: PoincareDistance) -> Tensor:
 
 @torch.no_grad()
 def query_vectors(query: Tensor, distance: PoincareDistance) -> Tensor:
-    r"""Vectors to query with, ``(N, D + 2)``, from finite embeddings ``(N, D)``.
+    """Vectors to query with, ``(N, D + 2)`` in float32, from finite embeddings ``(N, D)``.
 
-    The score is :math:`-\cosh(\sqrt c\,d)` in float32, which does not order near duplicates. So request more
-    candidates than neighbours, 16 for instance, and `rerank` them.
+    Scores do not order near duplicates. So request more candidates than neighbours, 16 for instance, and `rerank`
+    them.
 
     Example:
         >>> query_vectors(torch.randn(5, 16), PoincareDistance()).shape
@@ -70,10 +68,9 @@ def rerank(query: Tensor, candidates: Tensor | np.ndarray, distance: PoincareDis
     """
     x = _points("query", query, distance)
     candidates = torch.as_tensor(candidates)
-    n, columns = len(query), query.shape[1] + 2
-    if candidates.ndim != 3 or (len(candidates), candidates.shape[2]) != (n, columns):
-        expected = f"({n}, K, {columns}), vectors of stored_vectors"
-        raise ValueError(f"candidates must have shape {expected}, got shape {tuple(candidates.shape)}")
+    n, columns, shape = len(query), query.shape[1] + 2, tuple(candidates.shape)
+    if len(shape) != 3 or shape[::2] != (n, columns):
+        raise ValueError(f"candidates must have shape ({n}, K, {columns}), of stored_vectors, got shape {shape}")
     space = poincare.working(candidates[..., :-2].to(query.device))
     # The stored time is rounded to float32, which would move points far from the origin.
     time = (space.square().sum(-1, keepdim=True) + 1 / distance.c).sqrt()
