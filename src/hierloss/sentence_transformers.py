@@ -77,8 +77,7 @@ class PMLLoss(nn.Module):
             )
         if dist.is_initialized() and dist.get_world_size() > 1 and [*self.loss_func.parameters()]:
             raise RuntimeError(
-                "PMLLoss with proxies needs one process: the trainer does not synchronize their gradients; for "
-                "several processes see examples/ddp.py"
+                "PMLLoss with proxies needs one process: nothing synchronizes their gradients; see examples/ddp.py"
             )
         features = dict(sentence_features[0])
         # The trainer may have wrapped the model, or replaced it.
