@@ -2,17 +2,15 @@ r"""The HIER loss as pure functions: from a distance matrix to triplets, and fro
 
 Conventions of this file
     - ``N`` points (embeddings or proxies), ``P`` hierarchical proxies, ``T`` triplets.
-    - ``triplets`` are three index tensors ``(anchors, positives, negatives)`` of shape ``(T,)``: ``anchors``
-      and ``positives`` are the related pair.
+    - ``triplets`` are ``(anchors, positives, negatives)``; anchors and positives are the related pair.
     - ``noise`` is standard Gumbel noise; random numbers come from torch's default generator of the device.
     - Shapes do not depend on values on a GPU, so no synchronization is needed.
 
-Source: Kim, Jeong, Kwak, "HIER: Metric Learning Beyond Class Labels via Hierarchical Regularization" (CVPR
-2023, arXiv 2212.14258), sections 3.2 and 3.3.
+Source: Kim, Jeong, Kwak, "HIER" (CVPR 2023), https://arxiv.org/abs/2212.14258, sections 3.2 and 3.3.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,14 +81,12 @@ def reciprocal_triplets(
         nearest = order.topk(min(num_neighbors, count), largest=False, sorted=False).indices
         neighbors = torch.zeros_like(itself).scatter_(1, nearest, True)
         related = neighbors & neighbors.mT  # a point is related to itself
-        draws = distances.new_empty(count, triplets_per_anchor, dtype=torch.float32)
+        options: dict[str, Any] = {"dtype": torch.float32, "device": distances.device}
         if random:
-            uniform = [torch.rand_like(draws) for _ in range(2)]
+            uniform = torch.rand(2, count, triplets_per_anchor, **options)
         else:  # both evenly spaced, and their pairs too: the second has steps of the golden ratio
-            steps = torch.arange(triplets_per_anchor, dtype=draws.dtype, device=draws.device) + 0.5
-            uniform = [
-                (steps * step % 1).expand(count, -1) for step in (1 / triplets_per_anchor, 0.5 * 5**0.5 - 0.5)
-            ]
+            steps = torch.arange(triplets_per_anchor, **options) + 0.5
+            uniform = torch.stack([steps * (1 / triplets_per_anchor), steps * (0.5 * 5**0.5 - 0.5)]) % 1
         positives, num_positives = _choice(related, uniform[0], skip_itself=True)
         negatives, num_negatives = _choice(~related, uniform[1])
         valid = (num_positives >= 2) & (num_negatives >= 1)
@@ -162,13 +158,10 @@ def hierarchical_triplet_loss(
 
     and 0 where both draws are the same proxy. The gradient is that of the straight-through Gumbel-softmax: the
     forward pass uses the drawn proxy, the backward pass the soft probabilities of the same noise. Where two
-    distances tie for the maximum, the gradient goes to the earlier of i, j, k.
-
+    distances tie for the maximum, the gradient goes to the earlier of i, j, k. Without ``noise``, ancestors are
+    drawn by inverting the cumulative distribution, and each backward pass draws Gumbel noise conditionally on the
+    ancestors: the same joint distribution. On a CPU, many triplets share one list of these random numbers.
     Memory is ``O(T + NP)`` and a chunk of triplets, which is large on a GPU. Backward recomputes the rest.
-    Without ``noise``, ancestors are drawn by inverting the cumulative distribution, and the backward pass draws
-    Gumbel noise conditionally on the chosen ancestor: the same joint distribution, with one random number per draw
-    in the forward pass. On a CPU with many triplets, the noise of each ancestor in the backward pass
-    begins at a random place of one shared list of random numbers.
 
     Args:
         distances: distances of shape ``(N, P)`` from points to proxies.
@@ -179,8 +172,7 @@ def hierarchical_triplet_loss(
             -inf excludes a proxy.
 
     Returns:
-        `HierarchicalTripletLoss` of ``losses`` ``(T,)``, differentiable once, and ``ancestors`` ``(2, T)``. Each
-        backward pass draws new noise.
+        `HierarchicalTripletLoss` of ``losses`` ``(T,)``, differentiable once, and ``ancestors`` ``(2, T)``.
 
     Example:
         >>> distances = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 2.0]])  # 3 points, 2 proxies
@@ -202,8 +194,8 @@ def hierarchical_triplet_loss(
     indices = triplets if isinstance(triplets, Tensor) else torch.stack(tuple(triplets))
     if indices.ndim != 2 or len(indices) != 3:
         raise ValueError(f"triplets must be three index tensors of shape (T,), got shape {tuple(indices.shape)}")
-    if noise is not None and noise.shape != (2, indices.shape[1], distances.shape[1]):
-        expected = (2, indices.shape[1], distances.shape[1])
+    expected = (2, indices.shape[1], distances.shape[1])
+    if noise is not None and noise.shape != expected:
         raise ValueError(f"noise must have shape {expected}, (2, T, P), got shape {tuple(noise.shape)}")
     # Half precision has too few digits for weights that are exponentials.
     distances = distances.to(torch.promote_types(distances.dtype, torch.float32)).contiguous()
@@ -215,22 +207,22 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
     @staticmethod
     def forward(distances, triplets, margin, temperature, noise):  # type: ignore[no-untyped-def]
         scores, are_weights = _scores(distances, temperature, noise)
-        chunks, zeros = [], []
+        chunks = []
         for here in _chunks(triplets.shape[1], distances):
             i, j, k = _rows(scores, triplets[:, here])
             pair = torch.minimum(i, j)
             both = (pair, torch.minimum(pair, k))
             if noise is not None:
-                highest, drawn = torch.stack(both).add_(noise[:, here]).max(-1)
-                chunks.append(drawn)
-                zeros.append(highest.sum(0) * 0)  # NaN if the noise is NaN
+                chunks.append(torch.stack(both).add_(noise[:, here]).argmax(-1))
             else:
                 weights = both if are_weights else [score.softmax(-1) for score in both]
                 chunks.append(torch.stack([_inverse_cdf(own) for own in weights]))
         ancestors = torch.cat(chunks, 1)
         terms = _terms(distances, triplets, ancestors, margin)
         losses = terms.clamp_min(0).sum(0)
-        return losses + torch.cat(zeros) if zeros else losses, ancestors, terms
+        if noise is not None:  # NaN if the noise is NaN
+            losses += noise.gather(2, ancestors.unsqueeze(-1)).sum((0, 2)) * 0
+        return losses, ancestors, terms
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -240,15 +232,14 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_losses, *_):  # type: ignore[no-untyped-def]
-        with torch.no_grad():
-            grad = _HierarchicalTripletLoss.gradient(ctx, grad_losses)
-        if torch.is_grad_enabled():  # the gradient may be differentiated itself
-            grad = _DifferentiableOnce.apply(grad, ctx.saved_tensors[0])
-        return grad, None, None, None, None
+        return _Gradient.apply(grad_losses, ctx.temperature, *ctx.saved_tensors), None, None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient with respect to the distances, which has no derivative itself."""
 
     @staticmethod
-    def gradient(ctx, grad_losses):  # type: ignore[no-untyped-def]
-        distances, triplets, noise, ancestors, terms = ctx.saved_tensors
+    def forward(grad_losses, temperature, distances, triplets, noise, ancestors, terms):  # type: ignore[no-untyped-def]
         # The gradient with respect to d(., rho_ij), for i, j and k; that of d(., rho_ijk) is the opposite.
         slopes = ~(terms <= 0) * grad_losses  # NaN must propagate
         slopes[2].neg_()
@@ -260,8 +251,8 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         grad = torch.zeros_like(distances)
         cells = (triplets.unsqueeze(1) * distances.shape[1] + ancestors).flatten()
         grad.view(-1).index_add_(0, cells, torch.stack([slopes, -slopes], 1).flatten())
-        scores, are_weights = _scores(distances, ctx.temperature, noise)
-        logits = distances / -ctx.temperature if are_weights else scores
+        scores, are_weights = _scores(distances, temperature, noise)
+        logits = distances / -temperature if are_weights else scores
         # On a CPU, random numbers for all cells would take much of the time.
         many = ancestors.numel() * distances.shape[1] > _TABLE_SIZE
         table = None
@@ -297,14 +288,6 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
             for index, own in zip(triplets[:, here], (of_both.sub_(of_j), of_j, of_k.neg_()), strict=True):
                 grad.index_add_(0, index, own)
         return grad
-
-
-class _DifferentiableOnce(torch.autograd.Function):
-    """The identity on a gradient, which raises an error if the gradient is differentiated."""
-
-    @staticmethod
-    def forward(grad, distances):  # type: ignore[no-untyped-def]
-        return grad.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
