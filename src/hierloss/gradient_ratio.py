@@ -1,11 +1,12 @@
 """The gradient of one loss at a fixed ratio to the gradients of all others, by a hook on the embeddings.
 
-The loss gets the embeddings through an identity function, whose backward pass stores the gradient of the loss and
-returns zeros. A hook on the embeddings runs after the gradients of all losses have been added. It gets the sum of
-the other gradients, scales the stored one, and adds it. No second backward pass and no synchronization is needed.
+The loss gets the embeddings through an identity function, whose backward pass stores its gradient and returns
+zeros. A hook on the embeddings gets the sum of the other gradients, scales the stored one, and adds it. No second
+backward pass and no synchronization is needed.
 """
 
 import weakref
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -29,14 +30,13 @@ def hold_gradient_ratio(
 
     ``h`` is the sum of all other gradients at the same tensor in the same backward pass, ``r`` the ratio; norms
     are Frobenius norms over the batch. A common factor of all losses, of a gradient scaler for instance, does not
-    change the ratio. Non-finite values are kept. If ``h`` or ``g`` is zero, the result is ``h``. If no
-    other loss uses the tensor in a backward pass, the result is ``g``.
+    change the ratio. Non-finite values are kept. If ``h`` or ``g`` is zero, the result is ``h``. If no other loss
+    uses the tensor in a backward pass, the result is ``g``.
 
     Args:
         embeddings: shape ``(N, D)``, the same tensor that the other losses use.
         ratio: ``r``; ``None`` does not scale.
-        on_ratio: called with ``|g| / |h|`` before scaling, a 0-dim tensor, in each backward pass of several
-            losses.
+        on_ratio: called with ``|g| / |h|``, a 0-dim tensor, in each backward pass of several losses.
         on_alone: called in each backward pass in which no other loss uses the tensor, if there is a ratio.
 
     Example:
@@ -53,16 +53,16 @@ def hold_gradient_ratio(
     wanted = ratio is not None or on_ratio is not None
     if not (wanted and embeddings.requires_grad and torch.is_grad_enabled()):
         return embeddings.to(dtype)
-    aside = _PutAside()
+    # The gradient of the loss, stored for the hook, and the zeros that were returned in its place.
+    aside: deque[tuple[Tensor, Tensor]] = deque(maxlen=1)
     # The hook must not keep the graph alive, nor stay on a leaf that is used in every step.
     reference = weakref.ref(aside)
 
     def add_back(others: Tensor) -> Tensor | None:
         aside = reference()
-        if aside is None or aside.gradient is None:
+        if not aside:
             return None  # a backward pass of other losses alone
-        own, zeros = aside.gradient, aside.zeros
-        aside.gradient = aside.zeros = None
+        own, zeros = aside.pop()
         if others is zeros:
             if on_alone is not None and ratio is not None:
                 on_alone()
@@ -82,13 +82,6 @@ def hold_gradient_ratio(
     return result
 
 
-class _PutAside:
-    """The gradient of the loss, stored for the hook, and the zeros that were returned in its place."""
-
-    gradient: Tensor | None = None
-    zeros: Tensor | None = None
-
-
 class _Identity(torch.autograd.Function):
     @staticmethod
     def forward(embeddings, aside, dtype):  # type: ignore[no-untyped-def]
@@ -101,6 +94,6 @@ class _Identity(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        ctx.aside.gradient = gradient
-        ctx.aside.zeros = torch.zeros_like(gradient, dtype=ctx.dtype)
-        return ctx.aside.zeros, None, None
+        zeros = torch.zeros_like(gradient, dtype=ctx.dtype)
+        ctx.aside.append((gradient, zeros))
+        return zeros, None, None
