@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from ._checks import MIN_TEMPERATURE, check_count, check_number
 from .poincare import working
@@ -28,6 +29,7 @@ _WEIGHTS_SPAN = 140  # weights are between e^-70 and e^70, so that sums and prod
 _TABLE_SIZE = 2**18  # exponential variables that triplets share, where more would be needed
 
 
+@torch.no_grad()
 def reciprocal_triplets(
     distances: Tensor,
     labels: Tensor | None = None,
@@ -69,41 +71,37 @@ def reciprocal_triplets(
         raise ValueError(f"labels must have shape ({count},), got shape {tuple(labels.shape)}")
     check_count("num_neighbors", num_neighbors, minimum=2)
     check_count("triplets_per_anchor", triplets_per_anchor)
-    with torch.no_grad():
-        # Smaller is more similar: -1 / d < 0 for equal labels, else d. The order is that of S, but without
-        # underflow. A point is first among its own neighbours.
-        order = distances
-        if labels is not None:
-            tiny = torch.finfo(distances.dtype).tiny
-            order = torch.where(labels.unsqueeze(1) == labels, (-tiny - distances).reciprocal(), distances)
-        itself = torch.eye(count, dtype=torch.bool, device=distances.device)
-        order = order.masked_fill(itself, -torch.inf)
-        nearest = order.topk(min(num_neighbors, count), largest=False, sorted=False).indices
-        neighbors = torch.zeros_like(itself).scatter_(1, nearest, True)
-        related = neighbors & neighbors.mT  # a point is related to itself
-        options: dict[str, Any] = {"dtype": torch.float32, "device": distances.device}
-        if random:
-            uniform = torch.rand(2, count, triplets_per_anchor, **options)
-        else:  # both evenly spaced, and their pairs too: the second has steps of the golden ratio
-            steps = torch.arange(triplets_per_anchor, **options) + 0.5
-            uniform = torch.stack([steps * (1 / triplets_per_anchor), steps * (0.5 * 5**0.5 - 0.5)]) % 1
-        positives, num_positives = _choice(related, uniform[0], skip_itself=True)
-        negatives, num_negatives = _choice(~related, uniform[1])
-        valid = (num_positives >= 2) & (num_negatives >= 1)
-        anchors = torch.arange(count * triplets_per_anchor, device=distances.device) // triplets_per_anchor
+    # Smaller is more similar: -1 / d < 0 for equal labels, else d. The order is that of S, but without
+    # underflow. A point is first among its own neighbours.
+    if labels is None:
+        order = distances.clone()
+    else:
+        tiny = torch.finfo(distances.dtype).tiny
+        order = torch.where(labels.unsqueeze(1) == labels, (-tiny - distances).reciprocal(), distances)
+    order.fill_diagonal_(-torch.inf)
+    nearest = order.topk(min(num_neighbors, count), largest=False, sorted=False).indices
+    neighbors = torch.zeros_like(order, dtype=torch.bool).scatter_(1, nearest, True)
+    related = neighbors & neighbors.mT
+    unrelated = ~related
+    related.fill_diagonal_(False)  # a point is not its own positive, nor its own negative
+    options: dict[str, Any] = {"dtype": torch.float32, "device": distances.device}
+    if random:
+        uniform = torch.rand(2, count, triplets_per_anchor, **options)
+    else:  # both evenly spaced, and their pairs too: the second has steps of the golden ratio
+        steps = torch.arange(triplets_per_anchor, **options) + 0.5
+        uniform = torch.stack([steps * (1 / triplets_per_anchor), steps * (0.5 * 5**0.5 - 0.5)]) % 1
+    positives, num_positives = _choice(related, uniform[0])
+    negatives, num_negatives = _choice(unrelated, uniform[1])
+    valid = (num_positives >= 2) & (num_negatives >= 1)
+    anchors = torch.arange(count * triplets_per_anchor, device=distances.device) // triplets_per_anchor
     return anchors, positives.flatten(), negatives.flatten(), valid[anchors]
 
 
-def _choice(mask: Tensor, uniform: Tensor, skip_itself: bool = False) -> tuple[Tensor, Tensor]:
-    """The column of a true entry of each row for every number in [0, 1); and the number of true entries.
-
-    ``skip_itself`` leaves out the diagonal, which is true.
-    """
+def _choice(mask: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The column of a true entry of each row for every number in [0, 1); and the number of true entries."""
     cumulative = mask.cumsum(1, dtype=torch.int32)
-    number = cumulative[:, -1:] - int(skip_itself)
+    number = cumulative[:, -1:]
     rank = (uniform * number).to(torch.int32)  # in float32, uniform * n < n for n < 2^24
-    if skip_itself:
-        rank += rank >= cumulative.diagonal().unsqueeze(1) - 1
     column = torch.searchsorted(cumulative, rank, right=True)
     return column.clamp_max(mask.shape[1] - 1), number.squeeze(1)  # rows without true entries have no index
 
@@ -209,7 +207,7 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         scores, are_weights = _scores(distances, temperature, noise)
         chunks = []
         for here in _chunks(triplets.shape[1], distances):
-            i, j, k = _rows(scores, triplets[:, here])
+            i, j, k = embedding(triplets[:, here], scores)
             pair = torch.minimum(i, j)
             both = (pair, torch.minimum(pair, k))
             if noise is not None:
@@ -218,7 +216,12 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
                 weights = both if are_weights else [score.softmax(-1) for score in both]
                 chunks.append(torch.stack([_inverse_cdf(own) for own in weights]))
         ancestors = torch.cat(chunks, 1)
-        terms = _terms(distances, triplets, ancestors, margin)
+        cells = triplets.unsqueeze(1) * distances.shape[1] + ancestors
+        near, far = distances.view(-1)[cells].unbind(1)
+        gap = near - far
+        gap[2].neg_()
+        # The last term is NaN if any distance is not finite: the draws are then meaningless, so the loss is NaN.
+        terms = (gap + margin) * torch.ne(*ancestors) + (distances.amax() - distances.amin()) * 0
         losses = terms.clamp_min(0).sum(0)
         if noise is not None:  # NaN if the noise is NaN
             losses += noise.gather(2, ancestors.unsqueeze(-1)).sum((0, 2)) * 0
@@ -259,15 +262,17 @@ class _Gradient(torch.autograd.Function):
         if many and noise is None and shapes_may_depend_on_values(distances):
             table = _delay_table(distances)
         for here in _chunks(triplets.shape[1], distances):
-            i, j, k = _rows(logits, triplets[:, here])
+            i, j, k = embedding(triplets[:, here], logits)
             slope_i, slope_j, slope_k = slopes[:, here].unsqueeze(-1)
             towards = (i * slope_i).addcmul_(j, slope_j).addcmul_(k, slope_k)
             if are_weights:
-                i, j, k = _rows(scores, triplets[:, here])
+                i, j, k = embedding(triplets[:, here], scores)
             pair = torch.minimum(i, j)
             both = (pair, torch.minimum(pair, k))
-            # The gradient goes to the farthest point, the one with the smallest score.
-            is_j, is_k = _less(j, i), _less(k, pair)
+            # The gradient goes to the farthest point, the one with the smallest score. Products with booleans are
+            # slow on a CPU, so the comparisons are 0 or 1 in the dtype of the scores.
+            is_j = torch.lt(j, i, out=torch.empty_like(j))
+            is_k = torch.lt(k, pair, out=torch.empty_like(k))
             del i, j, k
             of_choices = []
             for which, score in enumerate(both):
@@ -313,16 +318,6 @@ def _chunks(count: int, distances: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, max(count, 1), size)]
 
 
-def _terms(distances: Tensor, triplets: Tensor, ancestors: Tensor, margin: float) -> Tensor:
-    """The three terms of the loss before the hinge, shape ``(3, T)``; 0 for equal ancestors."""
-    cells = triplets.unsqueeze(1) * distances.shape[1] + ancestors
-    near, far = distances.reshape(-1)[cells].unbind(1)
-    gap = near - far
-    gap[2].neg_()
-    # The last term is NaN if any distance is not finite: the draws are then meaningless, so the loss is NaN.
-    return (gap + margin) * torch.ne(*ancestors) + (distances.amax() - distances.amin()) * 0
-
-
 def _scores(distances: Tensor, temperature: float, noise: Tensor | None) -> tuple[Tensor, bool]:
     """Logits; or, on a CPU without noise, weights: exponentials of logits, times a factor, if they fit float32.
 
@@ -333,11 +328,6 @@ def _scores(distances: Tensor, temperature: float, noise: Tensor | None) -> tupl
         if (farthest - nearest) / temperature < _WEIGHTS_SPAN:
             return (((nearest + farthest) / 2 - distances) / temperature).exp_(), True
     return distances / -temperature, False
-
-
-def _rows(matrix: Tensor, triplets: Tensor) -> list[Tensor]:
-    """Rows ``(T, P)`` of i, j and k."""
-    return [matrix.index_select(0, own) for own in triplets]
 
 
 def _inverse_cdf(weights: Tensor) -> Tensor:
@@ -380,8 +370,3 @@ def _delay_table(distances: Tensor) -> Tensor:
     count = distances.shape[1]
     values = distances.new_empty(max(_TABLE_SIZE, 64 * count))  # 64 rows or more do not overlap
     return values.uniform_().log_().unfold(0, count, 1)
-
-
-def _less(left: Tensor, right: Tensor) -> Tensor:
-    """1 where left < right, else 0, in the dtype of both: on a CPU, products with booleans are slow."""
-    return torch.lt(left, right, out=torch.empty_like(left))
