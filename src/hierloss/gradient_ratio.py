@@ -50,8 +50,7 @@ def hold_gradient_ratio(
     gradients of all losses at the output of a model; here the other losses keep their gradients.
     """
     dtype = poincare.result_dtype(embeddings)
-    wanted = ratio is not None or on_ratio is not None
-    if not (wanted and embeddings.requires_grad and torch.is_grad_enabled()):
+    if (ratio is None and on_ratio is None) or not (embeddings.requires_grad and torch.is_grad_enabled()):
         return embeddings.to(dtype)
     # The gradient of the loss, stored for the hook, and the zeros that were returned in its place.
     aside: deque[tuple[Tensor, Tensor]] = deque(maxlen=1)

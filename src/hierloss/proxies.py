@@ -31,9 +31,7 @@ def set_size(parameter: Any, values: Tensor, dtype: torch.dtype) -> None:
 
 def random_proxies(count: int, size: int, distance: PoincareDistance, device: torch.device) -> Tensor:
     """The initialization of the paper, ``normal(0, 1) * 0.9 r / sqrt(D)``: norms are about 0.9 clip radii."""
-    radius = distance.clip_radius
-    if radius is None:
-        radius = poincare.as_number(distance.c) ** -0.5  # where the exponential map begins to saturate
+    radius = distance.clip_radius or poincare.as_number(distance.c) ** -0.5  # where the map begins to saturate
     return torch.randn(count, size, device=device) * (0.9 * radius / math.sqrt(size))
 
 
