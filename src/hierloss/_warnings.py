@@ -23,10 +23,10 @@ class OptimizerWatch:
 
     def check(self, proxies: Tensor, embeddings: Tensor) -> None:
         """Compare the versions with those of the last training step."""
-        if self._updates is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if self._updates is None or not proxies.requires_grad or not torch.is_grad_enabled():
             return
         model = _first_version(embeddings)
-        if not proxies.requires_grad or (model is None and proxies.grad is None):
+        if model is None and proxies.grad is None:
             return
         if self._versions is None:
             self._start = proxies.detach().sum()
@@ -70,7 +70,7 @@ class Reports:
 
     def batch(self, size: int, num_neighbors: int) -> None:
         """The size of a training batch, in which all may be neighbours of each other."""
-        if not torch.compiler.is_compiling() and self._is_due("small", size <= num_neighbors, _SMALL_AFTER):
+        if self._is_due("small", size <= num_neighbors, _SMALL_AFTER):
             warnings.warn(
                 f"HIERLoss has no triplets of embeddings: {_SMALL_AFTER} batches in a row, the last of {size} "
                 f"embeddings, were not larger than num_neighbors={num_neighbors}. Use larger batches or fewer "

@@ -30,38 +30,34 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
     r"""The HIER regularizer: learns proxies on the Poincaré ball that are ancestors of the embeddings.
 
     Add it to any metric learning loss, and give its parameters, the proxies, to the optimizer. A
-    `PoincareDistance` maps embeddings and proxies, both Euclidean vectors, to the ball. Triplets
-    :math:`(i, j, k)`, of which ``i`` and ``j`` are reciprocal neighbours, are drawn among the embeddings of the
-    batch, and among the proxies. The lowest common ancestor of a set is a proxy, drawn by the Gumbel-max trick
-    from :math:`\mathrm{softmax}_p(-\max_a d(a, \rho_p) / \tau)`. The loss moves :math:`\rho_{ij}`, the ancestor of
-    the pair, nearer to it than :math:`\rho_{ijk}`, the ancestor of all three, and away from ``k``:
+    `PoincareDistance` maps embeddings and proxies, both Euclidean vectors, to the ball. HIER is the mean loss of
+    triplets of embeddings (``sample_loss``, reduction type ``triplet``) plus that of triplets of proxies
+    (``proxy_loss``). A triplet :math:`(i, j, k)`, of which ``i`` and ``j`` are reciprocal neighbours, has the loss
 
     .. math:: [d(i, \rho_{ij}) - d(i, \rho_{ijk}) + m]_+ + [d(j, \rho_{ij}) - d(j, \rho_{ijk}) + m]_+
         + [d(k, \rho_{ijk}) - d(k, \rho_{ij}) + m]_+
 
-    It is 0 if both are the same proxy. HIER is the mean over the triplets of embeddings (``sample_loss``,
-    reduction type ``triplet``) plus the mean over the triplets of proxies (``proxy_loss``). Eval mode is not
-    random: ancestors are the most probable ones, and triplets are evenly spread. In training mode, each backward
-    pass draws new noise.
+    with the ancestors :math:`\rho_{ij}` of the pair and :math:`\rho_{ijk}` of all three: proxies drawn from
+    :math:`\mathrm{softmax}_p(-\max_a d(a, \rho_p) / \tau)`, see `functional.hierarchical_triplet_loss`. Eval mode
+    is not random: ancestors are the most probable ones, and triplets are evenly spread.
 
     Call it like any PML loss, with embeddings ``(N, D)`` of any floating dtype and labels ``(N,)`` or ``None``. It
     returns a scalar, at least float32. Embeddings are outputs of the network, neither normalized nor mapped to
-    the ball; non-finite values give a non-finite loss. The ``indices_tuple`` of `MultipleLosses` is
-    ignored: HIERLoss mines its own triplets. Random numbers come from torch's default generators.
+    the ball; non-finite values give a non-finite loss. It mines its own triplets, so the ``indices_tuple`` of
+    `MultipleLosses` is ignored. Random numbers come from torch's default generators.
 
     Args:
         num_proxies: ``P``, at least 2; 512 in the paper. Use fewer, 64 for instance, on a CPU or for few classes.
-        embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. An optimizer built
-            before that batch still trains the proxies. Give it if the size of parameters is needed earlier:
-            ``numel()``, ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel``.
+        embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. Optimizers may be
+            built before, but ``Adagrad``, ``AveragedModel``, ``DistributedDataParallel`` and ``numel()`` need it.
         margin: ``m``, a hyperbolic distance.
         temperature: :math:`\tau` of the distribution of ancestors, a hyperbolic distance.
         miner: miner of the triplets of embeddings, default `ReciprocalNeighborMiner`. Any other PML miner is
             called with embeddings (or the features of `neighbors_from`) and labels.
         proxy_miner: a `ReciprocalNeighborMiner` with the settings for the triplets of proxies. Default: ``miner``,
             or the default miner if ``miner`` is of another class.
-        proxy_batch_size: draw the triplets of proxies among this many proxies, drawn anew in every step, so that
-            time and memory grow linearly with ``num_proxies``; ``None`` for all. Ancestors are any proxies.
+        proxy_batch_size: number of proxies, new ones in every step, among which triplets of proxies are drawn:
+            time and memory grow linearly with ``num_proxies``. ``None`` for all. Ancestors are any proxies.
         gradient_ratio: norm of HIER's gradient at the embeddings, relative to that of all other gradients there in
             the same backward pass; see `hierloss.gradient_ratio`. Weights of `MultipleLosses` then change the
             gradient of the proxies only. ``None``: no scaling, and the weight is the paper's :math:`\lambda`.
@@ -112,12 +108,12 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self.num_proxies = check_count("num_proxies", num_proxies, minimum=2)  # with one, the loss is 0
         self.margin = check_number("margin", margin, positive=False)
         self.temperature = check_number("temperature", temperature, minimum=MIN_TEMPERATURE)
-        if not (miner is None or isinstance(miner, BaseMiner)):
-            raise TypeError(f"miner must be a miner of pytorch_metric_learning, got {type(miner).__name__}")
         self.miner: BaseMiner = ReciprocalNeighborMiner(distance=self.distance) if miner is None else miner
+        if not isinstance(self.miner, BaseMiner):
+            raise TypeError(f"miner must be a miner of pytorch_metric_learning, got {type(miner).__name__}")
         if isinstance(self.miner, ReciprocalNeighborMiner):
             self.miner.check_distance(self.distance)
-        if not (proxy_miner is None or isinstance(proxy_miner, ReciprocalNeighborMiner)):
+        if not isinstance(proxy_miner, ReciprocalNeighborMiner | None):
             raise TypeError(f"proxy_miner must be a ReciprocalNeighborMiner, got {type(proxy_miner).__name__}")
         self.proxy_miner = proxy_miner
         size = proxy_batch_size
@@ -186,7 +182,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
                 f"embeddings are on {embeddings.device}, but the proxies of HIERLoss on {self.proxies.device}; "
                 f'call loss_func.to("{embeddings.device}") before the optimizer is built'
             )
-        if self.training:
+        if self.training and not torch.compiler.is_compiling():
             self._watch.check(self.proxies, embeddings)
             if type(self.miner) is ReciprocalNeighborMiner:
                 self._reports.batch(len(embeddings), self.miner.num_neighbors)
@@ -228,7 +224,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         proxy_loss = functional.mean_over_valid(proxy_losses, proxy_valid).mean()
         if self.collect_stats:
             self.sample_loss, self.proxy_loss = float(sample_losses.detach().mean()), float(proxy_loss.detach())
-            self._set_stats(embeddings, losses.detach(), drawn, torch.cat([sample_valid, proxy_valid]))
+            self._set_stats(embeddings, losses, drawn, torch.cat([sample_valid, proxy_valid]))
         indices = tuple(sample_triplets)
         return {
             "sample_loss": {"losses": sample_losses, "indices": indices, "reduction_type": "triplet"},
@@ -385,9 +381,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         .. math:: \rho_p = u_p \cdot \mathrm{clip}_r(v_{i(p)}), \qquad u_p \sim U(0, 1)
 
         with ``i(p)`` drawn without replacement as long as there are enough embeddings. Every region of the data
-        then has proxies as possible ancestors. The random directions of the default initialization are almost
-        orthogonal to the data. Call it once, after the first epoch, with embeddings of a few thousand training
-        samples, as they go into the loss. An existing optimizer stays valid.
+        then has possible ancestors; default directions are random and almost orthogonal to the data. Call it once,
+        after the first epoch, with embeddings of a few thousand training samples, as they go into the loss.
+        Optimizers stay valid.
 
         Example:
             >>> hier = HIERLoss(num_proxies=64)
