@@ -223,7 +223,7 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
         # The last term is NaN if any distance is not finite: the draws are then meaningless, so the loss is NaN.
         terms = (gap + margin) * torch.ne(*ancestors) + (distances.amax() - distances.amin()) * 0
         losses = terms.clamp_min(0).sum(0)
-        if noise is not None:  # NaN if the noise is NaN. Not +=: compiled by torch 2.11, there would be no gradient.
+        if noise is not None:  # NaN if the noise is NaN; not +=, which torch 2.11 compiles without a gradient
             losses = losses + noise.gather(2, ancestors.unsqueeze(-1)).sum((0, 2)) * 0
         return losses, ancestors, terms
 
