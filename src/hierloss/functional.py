@@ -73,25 +73,22 @@ def reciprocal_triplets(
     check_count("triplets_per_anchor", triplets_per_anchor)
     # Smaller is more similar: -1 / d < 0 for equal labels, else d. The order is that of S, but without
     # underflow. A point is first among its own neighbours.
-    if labels is None:
-        order = distances.clone()
-    else:
+    order = distances
+    if labels is not None:
         tiny = torch.finfo(distances.dtype).tiny
         order = torch.where(labels.unsqueeze(1) == labels, (-tiny - distances).reciprocal(), distances)
-    order.fill_diagonal_(-torch.inf)
-    nearest = order.topk(min(num_neighbors, count), largest=False, sorted=False).indices
-    neighbors = torch.zeros_like(order, dtype=torch.bool).scatter_(1, nearest, True)
-    related = neighbors & neighbors.mT
-    unrelated = ~related
-    related.fill_diagonal_(False)  # a point is not its own positive, nor its own negative
+    itself = torch.eye(count, dtype=torch.bool, device=distances.device)
+    nearest = order.masked_fill(itself, -torch.inf).topk(min(num_neighbors, count), largest=False, sorted=False)
+    neighbors = torch.zeros_like(itself).scatter_(1, nearest.indices, True)
+    related = neighbors & neighbors.mT  # a point is related to itself
     options: dict[str, Any] = {"dtype": torch.float32, "device": distances.device}
     if random:
         uniform = torch.rand(2, count, triplets_per_anchor, **options)
     else:  # both evenly spaced, and their pairs too: the second has steps of the golden ratio
         steps = torch.arange(triplets_per_anchor, **options) + 0.5
         uniform = torch.stack([steps * (1 / triplets_per_anchor), steps * (0.5 * 5**0.5 - 0.5)]) % 1
-    positives, num_positives = _choice(related, uniform[0])
-    negatives, num_negatives = _choice(unrelated, uniform[1])
+    positives, num_positives = _choice(related & ~itself, uniform[0])
+    negatives, num_negatives = _choice(~related, uniform[1])
     valid = (num_positives >= 2) & (num_negatives >= 1)
     anchors = torch.arange(count * triplets_per_anchor, device=distances.device) // triplets_per_anchor
     return anchors, positives.flatten(), negatives.flatten(), valid[anchors]
