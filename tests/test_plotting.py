@@ -597,7 +597,7 @@ def test_page_of_a_large_tree_draws_its_top_on_the_disk_and_all_of_it_to_fold(br
     edges = shown.run("return document.querySelectorAll('#disk [id^=LineCollection_] path').length")
     assert edges == plotting._prune(tree, 200)[0].num_nodes - 1
     assert shown.run("return tree._fullData[0].ids.length") == tree.num_nodes
-    assert path.stat().st_size < 6_000_000
+    assert path.stat().st_size < 2_000_000
 
 
 def test_page_errors(tmp_path):

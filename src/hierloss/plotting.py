@@ -5,9 +5,13 @@ The disk is the unit disk: a point at hyperbolic distance ``d`` from the origin,
 drawn at radius ``tanh(sqrt(c) d / 2)``. Trees are drawn with c = 1.
 """
 
+import base64
+import gzip
 import importlib
 import io
+import json
 import math
+import re
 import string
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -211,7 +215,7 @@ def write_html(
 
     In the icicle plot, a click on a branch shows that branch alone, and a click on the bar before it goes back.
     Hovering shows the name, label and text of a leaf, or the number of leaves, height and proxy of a branch.
-    The page has 5 MB, because plotly is part of it. It needs no network.
+    The page needs no network, and a browser of 2023 or later.
 
     Args:
         tree: what to draw.
@@ -226,21 +230,20 @@ def write_html(
     """
     if texts is not None and len(texts) != tree.num_leaves:
         raise ValueError(f"texts must be {tree.num_leaves}, one for each leaf, got {len(texts)}")
-    plotly, pyplot, svg = _imported("plotly.io"), _imported("matplotlib.pyplot"), io.StringIO()
+    plotly, pyplot, svg = _imported("plotly.offline"), _imported("matplotlib.pyplot"), io.StringIO()
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.sans-serif": ["DejaVu Sans"]}):
         figure: Any = plot_disk(tree, **disk).figure
         figure.savefig(svg, format="svg", transparent=True, dpi=150, metadata={"Date": None})
         pyplot.close(figure)
-    _, tag, picture = svg.getvalue().partition("<svg")  # without the head of an XML file
-    trace = _icicle(tree, _Leaves(tree, *map(disk.get, ("labels", "class_names", "names"))), texts)
-    layout = {"margin": {"l": 0, "r": 0, "t": 24, "b": 0}, "paper_bgcolor": "rgba(0,0,0,0)"}
-    icicle = plotly.to_html(
-        {"data": [trace], "layout": layout}, {"responsive": True, "displayModeBar": False},
-        full_html=False, default_height="88vh", validate=False, div_id="tree",
-    )  # fmt: skip
+    # Two decimals of a point are enough for a path, and half the size.
+    short = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg.getvalue())
+    icicle = _icicle(tree, _Leaves(tree, *map(disk.get, ("labels", "class_names", "names"))), texts)
+    shown = json.dumps(short[short.index("<svg") :]), plotly.get_plotlyjs(), json.dumps(icicle)
+    script = "disk.innerHTML = {};\n{}\nPlotly.newPlot('tree', {})".format(*shown)
+    packed = gzip.compress(script.encode(), mtime=0)
+    text = base64.b85encode(packed, pad=True).decode()  # base64 would need 7% more
     page = string.Template(resources.files(__package__).joinpath("page.html").read_text("utf-8"))
-    text = page.substitute(title=escape(title), disk=tag + picture, icicle=icicle)
-    Path(path).write_text(text, encoding="utf-8")
+    Path(path).write_text(page.substitute(title=escape(title), packed=text, size=len(packed)), encoding="utf-8")
 
 
 class _Leaves:
@@ -345,7 +348,7 @@ def _icicle(tree: Hierarchy, leaves: _Leaves, texts: Any) -> dict[str, Any]:
             proxy = "" if tree.proxies is None else f", proxy {tree.proxies[node]}"
             lines += [f"{tree.sizes[node]} leaves, height {tree.heights[node]:.3g}{proxy}"]
     shown = [[escape(line, quote=False) for line in lines] for lines in hover]
-    return {
+    trace = {
         "type": "icicle", "ids": [str(node) for node in range(tree.num_nodes)],
         "parents": ["" if above < 0 else str(above) for above in tree.parents],
         "labels": [lines[0] for lines in shown], "hovertext": ["<br>".join(lines) for lines in shown],
@@ -353,6 +356,8 @@ def _icicle(tree: Hierarchy, leaves: _Leaves, texts: Any) -> dict[str, Any]:
         "marker": {"colors": list(map(leaves.color, leaves.below)), "line": {"width": 0.5, "color": "white"}},
         "outsidetextfont": {"color": "white"},
     }  # fmt: skip
+    layout = {"margin": {"l": 0, "r": 0, "t": 24, "b": 0}, "paper_bgcolor": "rgba(0,0,0,0)"}
+    return {"data": [trace], "layout": layout, "config": {"responsive": True, "displayModeBar": False}}
 
 
 def _draw_leaves(ax: "Axes", xy: Any, members: list[np.ndarray], leaves: _Leaves, above: bool = False) -> None:
