@@ -407,8 +407,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
             raise RuntimeError("HIERLoss cannot be compiled before its first batch; give embedding_size")
         self._loss_of_batch = torch.compile(self._loss_of_batch, *args, **kwargs)  # type: ignore[method-assign]
         # CUDA graphs write each gradient to the same memory, so gradients are accumulated from copies.
-        for parameter in [parameter for parameter in self.parameters() if parameter.requires_grad]:
-            parameter.register_hook(torch.clone)
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(torch.clone)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
