@@ -109,7 +109,7 @@ def plot_disk(
     r"""Draw a hierarchy on the Poincaré disk, the root in the middle.
 
     The hyperbolic distance of a node from the root is proportional to the difference of their heights; the factor
-    is written in the corner. _Leaves are evenly spaced. An edge goes along the circle of the parent, and then
+    is written in the corner. Leaves are evenly spaced. An edge goes along the circle of the parent, and then
     straight outwards. A branch has the colour of the label of more than half of its leaves, grey if there is none.
 
     Args:
