@@ -33,7 +33,7 @@ def main() -> None:
         show("Where the time of hierloss goes", speed.breakdown(args.device))
         if device.type == "cpu":
             show("How far the limit is", speed.limit(rows[-1]["median ms"]))
-            show("Added to the import of PML and geoopt", speed.import_time(args.repeats))
+            show("Added to the import of PML", speed.import_time(args.repeats))
         write(f"speed{suffix}", device, rows, None, args.output)
     if "steps" in args.names:
         rows = steps.compare(args.device, args.repeats)

@@ -3,12 +3,14 @@
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import geoopt
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import geoopt
 
 MIN_TEMPERATURE = 1e-30  # distances divided by a smaller number can be infinite in float32
 
@@ -34,17 +36,19 @@ def check_count(name: str, value: Any, minimum: int = 1) -> int:
     return int(value)
 
 
-def check_curvature(c: Any) -> float | geoopt.PoincareBall:
+def check_curvature(c: Any) -> "float | geoopt.PoincareBall":
     """Return ``c`` if it is a positive number or a geoopt ball of one."""
-    if isinstance(c, geoopt.PoincareBall):
-        if c.c.numel() != 1:
-            raise ValueError(f"c of the geoopt.PoincareBall must have one element, got shape {tuple(c.c.shape)}")
-        if c.c.device.type != "meta":
-            check_number("c of the geoopt.PoincareBall", c.c.item())  # geoopt's softplus overflows at 89
-        return c
-    if isinstance(c, bool) or not isinstance(c, numbers.Real):
+    if isinstance(c, numbers.Real):
+        return check_number("c", c)
+    import geoopt  # the import is slow, and prints a warning of torch 2.15
+
+    if not isinstance(c, geoopt.PoincareBall):
         raise TypeError(f"c must be a positive number or a geoopt.PoincareBall, got {type(c).__name__}")
-    return check_number("c", c)
+    if c.c.numel() != 1:
+        raise ValueError(f"c of the geoopt.PoincareBall must have one element, got shape {tuple(c.c.shape)}")
+    if c.c.device.type != "meta":
+        check_number("c of the geoopt.PoincareBall", c.c.item())  # geoopt's softplus overflows at 89
+    return c
 
 
 def check_embeddings(name: str, embeddings: Tensor, width: int | None = None) -> None:

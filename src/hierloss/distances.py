@@ -1,14 +1,16 @@
 """Hyperbolic distance for any PML loss, miner or evaluator."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import geoopt
 import torch
 from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor
 
 from . import poincare
 from ._checks import check_curvature, check_number
+
+if TYPE_CHECKING:
+    import geoopt
 
 
 class PoincareDistance(BaseDistance):  # type: ignore[misc]
@@ -42,7 +44,7 @@ class PoincareDistance(BaseDistance):  # type: ignore[misc]
 
     def __init__(
         self,
-        c: float | geoopt.PoincareBall = 0.1,
+        c: "float | geoopt.PoincareBall" = 0.1,
         clip_radius: float | None = 2.3,
         normalize_embeddings: bool = True,
         **kwargs: Any,

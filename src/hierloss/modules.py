@@ -1,11 +1,15 @@
 """Layers onto the Poincaré ball and back."""
 
-import geoopt
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from . import poincare
 from ._checks import check_curvature, check_number
+
+if TYPE_CHECKING:
+    import geoopt
 
 
 class ToPoincare(torch.nn.Module):
@@ -32,7 +36,7 @@ class ToPoincare(torch.nn.Module):
 
     def __init__(
         self,
-        c: float | geoopt.PoincareBall = 0.1,
+        c: "float | geoopt.PoincareBall" = 0.1,
         clip_radius: float | None = 2.3,
         riemannian_gradient: bool = False,
     ) -> None:
@@ -70,7 +74,7 @@ class FromPoincare(torch.nn.Module):
     Source: Ganea, Bécigneul, Hofmann, "Hyperbolic Neural Networks" (NeurIPS 2018), lemma 2.
     """
 
-    def __init__(self, c: float | geoopt.PoincareBall = 0.1) -> None:
+    def __init__(self, c: "float | geoopt.PoincareBall" = 0.1) -> None:
         super().__init__()
         self.curvature = check_curvature(c)
 

@@ -13,12 +13,15 @@ Sources: Ganea, Bécigneul, Hofmann, "Hyperbolic Neural Networks" (2018), lemma 
 
 import math
 from functools import reduce
+from typing import TYPE_CHECKING
 
-import geoopt
 import torch
 from torch import Tensor
 
 from ._checks import check_number
+
+if TYPE_CHECKING:
+    import geoopt
 
 __all__ = [
     "clip_norm",
@@ -62,9 +65,9 @@ def working(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
-def current_c(curvature: float | geoopt.PoincareBall) -> float | Tensor:
+def current_c(curvature: "float | geoopt.PoincareBall") -> float | Tensor:
     """The number, or the present value of the ball's tensor."""
-    return curvature.c if isinstance(curvature, geoopt.PoincareBall) else curvature
+    return curvature if isinstance(curvature, float) else curvature.c
 
 
 def as_number(c: float | Tensor) -> float:
