@@ -110,6 +110,7 @@ def test_in_a_tester_of_pml():
         ("a 1\nb 1", "edges.txt, line 2: 1 has two parents, a and b"),
         ("b a\na b\na 1", "the nodes above 1 form a cycle"),
         ("a 1\nb 2", "expected one root above all nodes, got a and b"),
+        ("r a\na 1\na 01", "each label once"),
         ("r a\na x", "taxonomy must have integer labels: .*'x'"),
     ],
 )

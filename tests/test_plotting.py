@@ -600,6 +600,13 @@ def test_page_of_a_large_tree_draws_its_top_on_the_disk_and_all_of_it_to_fold(br
     assert path.stat().st_size < 2_000_000
 
 
+def test_page_leaves_axes_of_the_user_open(tmp_path):
+    pytest.importorskip("plotly", reason="plotly is not installed")
+    figure, ax = plt.subplots()
+    plotting.write_html(make_tree(10), tmp_path / "x.html", ax=ax)
+    assert plt.get_fignums() == [figure.number]
+
+
 def test_page_errors(tmp_path):
     pytest.importorskip("plotly", reason="plotly is not installed")
     with pytest.raises(ValueError, match="texts must be 10, one for each leaf, got 1"):

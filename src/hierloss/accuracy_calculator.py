@@ -63,6 +63,8 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
             labels = [int(label) for label in given]
         except ValueError as error:
             raise ValueError(f"taxonomy must have integer labels: {error}") from None
+        if len(set(labels)) < len(labels):
+            raise ValueError("taxonomy must have each label once, but some are the same number, as 1 and 01")
         self._superclasses = dict(zip(labels, np.stack([labels, *levels], 1), strict=True))
 
     def requires_knn(self) -> list[str]:

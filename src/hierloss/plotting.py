@@ -234,7 +234,8 @@ def write_html(
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.sans-serif": ["DejaVu Sans"]}):
         figure: Any = plot_disk(tree, **disk).figure
         figure.savefig(svg, format="svg", transparent=True, dpi=150, metadata={"Date": None})
-        pyplot.close(figure)
+        if disk.get("ax") is None:
+            pyplot.close(figure)
     # Two decimals of a point are enough for a path, and half the size.
     short = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg.getvalue())
     icicle = _icicle(tree, _Leaves(tree, *map(disk.get, ("labels", "class_names", "names"))), texts)
