@@ -548,6 +548,11 @@ def test_the_report_points_at_the_training_loop():
     with pytest.warns(UserWarning, match="proxies of HIERLoss") as caught:
         run_without_optimizer(small(), 110)
     assert caught[0].filename == __file__
+    loss_func = small()
+    with pytest.warns(UserWarning, match="no triplets of embeddings") as caught:
+        for _ in range(10):
+            loss_func(*batch(n=20))
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(("sizes", "reported"), [([20] * 10, True), ([20] * 9 + [21, 20], False)])
@@ -567,7 +572,6 @@ def test_batches_that_are_too_small_are_reported(sizes, reported):
     assert len(caught) == reported
     if reported:
         assert "the last of 20 embeddings, were not larger than num_neighbors=20" in str(caught[0].message)
-        assert caught[0].filename == __file__
 
 
 def test_loading_a_state_dict_starts_the_count_again():
