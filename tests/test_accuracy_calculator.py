@@ -63,7 +63,7 @@ def test_queries_and_references_apart():
 def test_edges_in_a_file_are_the_same_taxonomy(tmp_path):
     lines = [f"family{label // 3} {label}" for label in range(12)]
     lines += ["", *(f"order{family // 2} family{family}" for family in range(4)), "root order0", "root order1"]
-    (tmp_path / "edges.txt").write_text("\n".join(lines))
+    (tmp_path / "edges.txt").write_text("\n".join(lines), "utf-8-sig")  # with the mark of editors on Windows
     scores = []
     as_arrays = {label: np.array(levels) for label, levels in TAXONOMY.items()}
     as_names = {label: list(map(str, levels)) for label, levels in TAXONOMY.items()}
@@ -71,6 +71,19 @@ def test_edges_in_a_file_are_the_same_taxonomy(tmp_path):
         calculator = HierarchicalAccuracyCalculator(taxonomy, include=SCORES, k=5, device=torch.device("cpu"))
         scores.append(calculator.get_accuracy(*samples()))
     assert scores[0] == scores[1] == scores[2] == scores[3]
+
+
+def test_superclasses_are_numbers():
+    """Equal numbers of other types are one superclass, and scores of each superclass are in their order."""
+    points, labels = samples()
+    scores = []
+    for above in ([2, 10], [2.0, torch.tensor(10)], [2, 3]):
+        taxonomy = {label: above[label > 5] for label in range(12)}
+        calculator = HierarchicalAccuracyCalculator(
+            taxonomy, include=["superclass_precision_at_1"], return_per_class=True, device=torch.device("cpu")
+        )
+        scores.append(calculator.get_accuracy(points, labels))
+    assert scores[0] == scores[1] == scores[2]
 
 
 def test_options_of_pml():

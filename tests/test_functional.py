@@ -65,6 +65,16 @@ def test_equals_reference_in_value_and_gradient(seed, zero_noise):
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-10)
 
 
+def test_noise_of_another_dtype():
+    distances = distance_matrix(points(9), points(7, seed=1)).float().requires_grad_()
+    triplets, noise = torch.tensor(random_triplets(9, 50)).T, gumbel(2, 50, 7)
+    results = []
+    for given in (noise, noise.float()):
+        losses = functional.hierarchical_triplet_loss(distances, triplets, noise=given).losses
+        results.append((losses, *torch.autograd.grad(losses.sum(), distances)))
+    torch.testing.assert_close(*results)
+
+
 def test_chunks_do_not_change_the_result(monkeypatch):
     distances = distance_matrix(points(9), points(7, seed=1)).requires_grad_()
     triplets, noise = torch.tensor(random_triplets(9, 50)).T, gumbel(2, 50, 7)
@@ -338,7 +348,7 @@ def test_nan_goes_through():
 
 
 @pytest.mark.parametrize("with_labels", [False, True])
-@pytest.mark.parametrize(("n", "k"), [(30, 6), (12, 5), (7, 20), (3, 2)])
+@pytest.mark.parametrize(("n", "k"), [(30, 6), (12, 5), (7, 20), (12, 3)])
 def test_triplets_cover_exactly_the_reference_sets(n, k, with_labels):
     torch.manual_seed(0)
     v = points(n, dim=2, seed=n)
@@ -579,10 +589,11 @@ def test_bad_arguments_of_the_loss(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"distances": torch.rand(3, 4)}, r"distances must be a square matrix, got shape \(3, 4\)"),
-        ({"distances": torch.rand(0, 0)}, r"distances must be a square matrix, got shape \(0, 0\)"),
+        ({"distances": torch.rand(3, 4)}, r"a square matrix of floats, got torch.float32 of shape \(3, 4\)"),
+        ({"distances": torch.rand(0, 0)}, r"a square matrix of floats, got torch.float32 of shape \(0, 0\)"),
+        ({"distances": torch.ones(5, 5).int()}, r"got torch.int32 of shape \(5, 5\)"),
         ({"labels": torch.zeros(1)}, r"labels must have shape \(5,\), got shape \(1,\)"),
-        ({"num_neighbors": 0}, r"num_neighbors must be at least 2, got 0"),
+        ({"num_neighbors": 2}, r"num_neighbors must be at least 3, got 2"),
         ({"triplets_per_anchor": 0}, r"triplets_per_anchor must be at least 1, got 0"),
     ],
 )

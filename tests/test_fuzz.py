@@ -251,7 +251,7 @@ class Targets(Draw):
     def reciprocal_triplets(self) -> Case:
         n, t = self.sizes(lambda n, t: 10 * n * n + 10 * n * t, 1000, 50)
         arguments = {"distances": self.distances(n, n), "labels": self.labels(n), "random": not self.one_in(3)}
-        arguments |= {"num_neighbors": self.count(2, 2 * n + 2), "triplets_per_anchor": t}
+        arguments |= {"num_neighbors": self.count(3, 2 * n + 3), "triplets_per_anchor": t}
         return Case(functional.reciprocal_triplets, arguments, most=n)
 
     def hierarchical_triplet_loss(self) -> Case:

@@ -270,6 +270,13 @@ def test_functional_call():
     close(torch.autograd.grad(loss, embeddings)[0], wanted(embeddings, labels))
 
 
+def test_torch_func():
+    embeddings, labels = batch()
+    base, hier = make_base(), make_hier()
+    found = torch.func.grad(lambda x: base(x, labels) + hier(x, labels))(embeddings.detach())
+    close(found, wanted(embeddings, labels))
+
+
 def test_fully_sharded_model_and_losses():
     """FSDP2 around the model, and around all losses together: the embeddings get the same gradient as without."""
     fsdp = pytest.importorskip("torch.distributed.fsdp")

@@ -144,15 +144,22 @@ def test_cut(tree):
         assert len(set(random_tree(30, 2)[0].cut(num_groups).tolist())) == num_groups
 
 
+def test_the_scale_of_embeddings_does_not_matter():
+    embeddings = torch.randn(12, 4, dtype=torch.float64)
+    trees = [Hierarchy.from_embeddings(embeddings * 2.0**power).linkage for power in (0, -400, 400)]
+    np.testing.assert_array_equal(trees, [trees[0]] * 3)
+
+
 def test_distances_of_other_types():
     """Arrays, and tensors in half precision."""
     embeddings, labels, generator = torch.randn(12, 4), torch.arange(12) // 3, torch.Generator().manual_seed(0)
     distances = torch.randint(1, 9, (12, 3), generator=generator).float()  # exact in half precision
+    backwards = distances.flip(0).numpy()[::-1]
     for per_class in (False, True):
         given = {"labels": labels, "per_class": per_class}
         trees = [
             Hierarchy.from_embeddings(embeddings, **given, distances=d)
-            for d in (distances, distances.numpy(), distances.bfloat16(), distances.half())
+            for d in (distances, distances.numpy(), distances.bfloat16(), distances.half(), backwards)
         ]
         assert all(tree == trees[0] for tree in trees)
     assert trees[0].place(torch.rand(2, 4).bfloat16()).shape == (2,)

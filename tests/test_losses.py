@@ -191,8 +191,8 @@ def test_made_and_first_used_in_inference_mode(sized):
 def test_an_error_in_the_first_batch_leaves_the_loss_as_it_was():
     loss_func = HIERLoss(num_proxies=P)
     embeddings, _ = batch()
-    with pytest.raises(RuntimeError):
-        torch.func.vmap(loss_func)(embeddings.detach().expand(2, B, D))
+    with pytest.raises(RuntimeError, match="HIERLoss cannot get a size within"):
+        torch.func.grad(loss_func)(embeddings.detach())
     assert loss_func.embedding_size is None
     assert loss_func(embeddings).isfinite()
 
@@ -538,10 +538,30 @@ def test_forgotten_optimizer_is_reported_by_a_loss_that_was_moved():
 
 
 def test_no_report_of_frozen_proxies():
-    loss_func = small().requires_grad_(False)
+    trunk, (inputs, labels) = torch.nn.Linear(D, D), batch()
+    loss_func, optimizer = small().requires_grad_(False), torch.optim.SGD(trunk.parameters(), lr=0.01)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run_without_optimizer(loss_func, 150)
+        for _ in range(110):
+            loss_func(trunk(inputs), labels).backward()
+            optimizer.step()
+
+
+def test_a_model_with_its_own_autograd_function():
+    """Its attributes are its own business, also one named as that of torch's gradient accumulators."""
+
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.variable = 3
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    embeddings, labels = batch()
+    assert_trains(loss_func := small(), loss_func(Same.apply(embeddings), labels), embeddings)
 
 
 def test_the_report_points_at_the_training_loop():
@@ -550,8 +570,7 @@ def test_the_report_points_at_the_training_loop():
     assert caught[0].filename == __file__
     loss_func = small()
     with pytest.warns(UserWarning, match="no triplets of embeddings") as caught:
-        for _ in range(10):
-            loss_func(*batch(n=20))
+        [loss_func(*batch(n=20)) for _ in range(10)]
     assert caught[0].filename == __file__
 
 
@@ -571,7 +590,15 @@ def test_batches_that_are_too_small_are_reported(sizes, reported):
             loss_func(*batch(n=20))
     assert len(caught) == reported
     if reported:
-        assert "the last of 20 embeddings, were not larger than num_neighbors=20" in str(caught[0].message)
+        assert "their number (20 in the last) was at most num_neighbors=20" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("few", [{"num_proxies": 20}, {"num_proxies": 30, "proxy_batch_size": 20}])
+def test_too_few_proxies_are_reported(few):
+    loss_func = small(collect_stats=True, **few)
+    with pytest.warns(UserWarning, match=r"no triplets of proxies: .* \(20 in the last\)"):
+        [loss_func(*batch()) for _ in range(10)]
+    assert loss_func.proxy_loss == 0
 
 
 def test_loading_a_state_dict_starts_the_count_again():

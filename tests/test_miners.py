@@ -57,8 +57,8 @@ def test_small_batches(n):
 
 
 def test_bad_arguments(batch):
-    with pytest.raises(ValueError, match="num_neighbors must be at least 2, got 1"):
-        ReciprocalNeighborMiner(num_neighbors=1)
+    with pytest.raises(ValueError, match="num_neighbors must be at least 3, got 2"):
+        ReciprocalNeighborMiner(num_neighbors=2)
     with pytest.raises(TypeError, match=r"triplets_per_anchor must be a whole number, got 2.0 of type float"):
         ReciprocalNeighborMiner(triplets_per_anchor=2.0)
     with pytest.raises(

@@ -381,6 +381,8 @@ def test_images_of_all_shapes():
     for images, expected in [
         (gray, as_bytes),
         (torch.from_numpy(gray)[:, None], as_bytes),
+        (gray > 0.5, 255 * (gray > 0.5)),
+        (np.array([[[-32768, 0, 32767]]] * 3, np.int16), [[[0, 127, 255]]] * 3),
         (list(gray), as_bytes),
         (colour, colour),
         (torch.from_numpy(colour).movedim(-1, 1), colour),
@@ -607,10 +609,17 @@ def test_page_leaves_axes_of_the_user_open(tmp_path):
     assert plt.get_fignums() == [figure.number]
 
 
+def test_blank_labels_have_a_legend():
+    ax = plotting.plot_disk(make_tree(12), labels=[""] * 6 + [" "] * 6)
+    assert len(ax.get_legend().get_texts()) == 2
+
+
 def test_page_errors(tmp_path):
     pytest.importorskip("plotly", reason="plotly is not installed")
     with pytest.raises(ValueError, match="texts must be 10, one for each leaf, got 1"):
         plotting.write_html(make_tree(10), tmp_path / "x.html", texts=["a"])
+    with pytest.raises(TypeError, match="texts must be a sequence in the order of the leaves, got a mapping"):
+        plotting.write_html(make_tree(10), tmp_path / "x.html", texts=dict.fromkeys(range(10), "a"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -102,7 +102,8 @@ def test_points_of_the_ball_and_half_precision():
     expected = PoincareKNN(distance)(points[:3], 40, points)
     assert torch.equal(order, expected[1])
     torch.testing.assert_close(distances, expected[0], rtol=1e-6, atol=1e-6)
-    assert torch.equal(rerank(points[:3], candidates.numpy(), distance)[1], order)
+    for array in (candidates.numpy(), candidates.flip(0).numpy()[::-1]):
+        assert torch.equal(rerank(points[:3], array, distance)[1], order)
 
 
 def test_bad_input():

@@ -93,13 +93,13 @@ def check_batch(embeddings: Tensor, width: int | None, labels: Tensor | None, fe
             )
 
 
-def check_names(names: Any, count: int) -> list[str]:
-    """Return a name for each of ``count`` leaves."""
+def check_names(argument: str, names: Any, count: int) -> list[str]:
+    """Return a text for each of ``count`` leaves."""
     if isinstance(names, Mapping):
-        raise TypeError("names must be a sequence in the order of the leaves, got a mapping")
+        raise TypeError(f"{argument} must be a sequence in the order of the leaves, got a mapping")
     if len(names) != count:
-        raise ValueError(f"names must be {count}, one for each leaf, got {len(names)}")
-    return [str(name) for name in names]
+        raise ValueError(f"{argument} must be {count}, one for each leaf, got {len(names)}")
+    return [str(name) for name in (names.tolist() if isinstance(names, Tensor) else names)]
 
 
 def to_numpy(values: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What HIERLoss warns of: forgotten proxies, small batches, and a gradient ratio without effect or too large."""
+"""What HIERLoss warns of: forgotten proxies, too few points, and a gradient ratio without effect or too large."""
 
 import warnings
 from collections import Counter
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 _FORGOTTEN_AFTER = 100  # updates of the model without an update of the proxies, before the warning is given
-_SMALL_AFTER = 10  # consecutive batches without triplets: the last batch of an epoch can be small
+_SMALL_AFTER = 10  # consecutive steps without triplets: the last batch of an epoch can be small
 _LARGE_AFTER = 100  # consecutive backward passes with a gradient larger than all others, before a warning
 
 
@@ -51,9 +51,11 @@ class OptimizerWatch:
 def _first_version(embeddings: Tensor) -> int | None:
     """The version of a parameter that the embeddings depend on, ``None`` if there is none."""
     node = embeddings.grad_fn
-    while node is not None and not hasattr(node, "variable"):  # only gradient accumulators have one
+    while node is not None:
+        if isinstance(variable := getattr(node, "variable", None), Tensor):  # of a gradient accumulator
+            return variable._version
         node = next((above for above, _ in node.next_functions if above is not None), None)
-    return None if node is None else node.variable._version
+    return None
 
 
 class Reports:
@@ -68,13 +70,13 @@ class Reports:
         self._in_a_row[name] = count + 1 if holds or count >= after else 0
         return self._in_a_row[name] == after
 
-    def batch(self, size: int, num_neighbors: int) -> None:
-        """The size of a training batch, in which all may be neighbours of each other."""
-        if self._is_due("small", size <= num_neighbors, _SMALL_AFTER):
+    def size(self, points: str, size: int, num_neighbors: int) -> None:
+        """How many embeddings or proxies a step has. All of a few are neighbours of each other."""
+        if self._is_due(points, size <= num_neighbors, _SMALL_AFTER):
             warnings.warn(
-                f"HIERLoss has no triplets of embeddings: {_SMALL_AFTER} batches in a row, the last of {size} "
-                f"embeddings, were not larger than num_neighbors={num_neighbors}. Use larger batches or fewer "
-                "neighbours, well below that size: HIERLoss(miner=ReciprocalNeighborMiner(num_neighbors=...))",
+                f"HIERLoss has no triplets of {points}: in {_SMALL_AFTER} steps in a row, their number ({size} in "
+                f"the last) was at most num_neighbors={num_neighbors}. Use more {points}, or fewer neighbours, "
+                "well below that number: HIERLoss(miner=ReciprocalNeighborMiner(num_neighbors=...))",
                 stacklevel=5,  # the line that calls the loss
             )
 

@@ -58,7 +58,7 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
         if len(depths) != 1 or depths == {0}:
             got = " and ".join(map(str, sorted(depths))) or "no label"
             raise ValueError(f"taxonomy must give labels the same number of superclasses, at least one, got {got}")
-        levels = [np.unique(level, return_inverse=True)[1] for level in np.array(chains, str).T]
+        levels = [np.unique(np.array(level), return_inverse=True)[1] for level in zip(*chains, strict=True)]
         try:
             labels = [int(label) for label in given]
         except ValueError as error:
@@ -108,7 +108,7 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
 def _read_edges(file: Path) -> dict[str, list[str]]:
     """The nodes above each leaf, from fine to coarse, without the root."""
     parents: dict[str, str] = {}
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text("utf-8-sig").splitlines(), 1):
         if len(words := line.split()) not in (0, 2):
             raise ValueError(f"{file}, line {number}: expected a parent and a child, got {line!r}")
         if words and (other := parents.setdefault(words[1], words[0])) != words[0]:

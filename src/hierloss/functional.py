@@ -64,12 +64,12 @@ def reciprocal_triplets(
         >>> bool(valid.all()), bool((a // 3 == p // 3).all()), bool((a // 3 != n // 3).all())
         (True, True, True)
     """
-    if distances.ndim != 2 or distances.shape[0] != distances.shape[1] or distances.shape[0] == 0:
-        raise ValueError(f"distances must be a square matrix, got shape {tuple(distances.shape)}")
-    count = distances.shape[0]
+    count, shape = len(distances), tuple(distances.shape)
+    if shape != (count, count) or count == 0 or not distances.is_floating_point():
+        raise ValueError(f"distances must be a square matrix of floats, got {distances.dtype} of shape {shape}")
     if labels is not None and labels.shape != (count,):
         raise ValueError(f"labels must have shape ({count},), got shape {tuple(labels.shape)}")
-    check_count("num_neighbors", num_neighbors, minimum=2)
+    check_count("num_neighbors", num_neighbors, minimum=3)  # with 2, no anchor is valid
     check_count("triplets_per_anchor", triplets_per_anchor)
     # Smaller is more similar: -1 / d < 0 for equal labels, else d. The order is that of S, but without
     # underflow. A point is first among its own neighbours.
@@ -194,6 +194,7 @@ def hierarchical_triplet_loss(
         raise ValueError(f"noise must have shape {expected}, (2, T, P), got shape {tuple(noise.shape)}")
     # Half precision has too few digits for weights that are exponentials.
     distances = distances.to(torch.promote_types(distances.dtype, torch.float32)).contiguous()
+    noise = None if noise is None else noise.to(distances.dtype)
     losses, ancestors, _ = _HierarchicalTripletLoss.apply(distances, indices, margin, temperature, noise)
     return HierarchicalTripletLoss(losses, ancestors)
 

@@ -17,6 +17,10 @@ from . import poincare
 __all__ = ["hold_gradient_ratio"]
 
 
+class _Aside(deque[tuple[Tensor, Tensor]]):
+    """Not a deque itself: torch.func copies the containers among the arguments of an autograd function."""
+
+
 def hold_gradient_ratio(
     embeddings: Tensor,
     ratio: float | None,
@@ -53,7 +57,7 @@ def hold_gradient_ratio(
     if (ratio is None and on_ratio is None) or not (embeddings.requires_grad and torch.is_grad_enabled()):
         return embeddings.to(dtype)
     # The gradient of the loss, stored for the hook, and the zeros that were returned in its place.
-    aside: deque[tuple[Tensor, Tensor]] = deque(maxlen=1)
+    aside = _Aside(maxlen=1)
     # The hook must not keep the graph alive, nor stay on a leaf that is used in every step.
     reference = weakref.ref(aside)
 

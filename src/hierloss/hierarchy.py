@@ -117,7 +117,7 @@ class Hierarchy:
         if linkage not in ("average", "complete", "ward"):
             raise ValueError(f'linkage must be "average", "complete" or "ward", got {linkage!r}')
         values: Any = None if labels is None else to_vector(labels, len(embeddings), "sample")
-        unit = torch.nn.functional.normalize(embeddings.detach().cpu().double())
+        unit = torch.nn.functional.normalize(embeddings.detach().cpu().double(), eps=1e-300)
         if distances is not None and (distances.ndim != 2 or len(distances) != len(unit)):
             shape = tuple(distances.shape)
             raise ValueError(f"distances must have a row for each of {len(unit)} embeddings, got shape {shape}")
@@ -127,7 +127,8 @@ class Hierarchy:
             values, index = np.unique(values, return_inverse=True)
             unit = torch.nn.functional.normalize(_class_means(unit, index, len(values)))
             if distances is not None:
-                distances = _class_means(torch.as_tensor(distances).cpu().double(), index, len(values))
+                rows = torch.from_numpy(to_numpy(distances).astype(np.float64))
+                distances = _class_means(rows, index, len(values))
         if not 2 <= len(unit) <= _MAX_LEAVES:
             got = f"{len(unit)} {'classes' if per_class else 'samples'}"
             more = "; use per_class=True or a random subsample" * (len(unit) > 1)
@@ -319,7 +320,7 @@ class Hierarchy:
         if names is None:
             names = [] if self.leaf_labels is None else [str(label) for label in self.leaf_labels.tolist()]
             names = names if len(set(names)) == self.num_leaves else [str(leaf) for leaf in range(self.num_leaves)]
-        names = check_names(names, self.num_leaves)
+        names = check_names("names", names, self.num_leaves)
         parts = [name if name.isdecimal() else "'" + name.replace("'", "''") + "'" for name in names]
         lengths = (self.heights[self.parents] - self.heights).tolist()
         for node, children in enumerate(self._merges.tolist(), self.num_leaves):

@@ -185,7 +185,10 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         if self.training and not torch.compiler.is_compiling():
             self._watch.check(self.proxies, embeddings)
             if type(self.miner) is ReciprocalNeighborMiner:
-                self._reports.batch(len(embeddings), self.miner.num_neighbors)
+                self._reports.size("embeddings", len(embeddings), self.miner.num_neighbors)
+            if type(among_proxies := self.proxy_miner or self.miner) is ReciprocalNeighborMiner:
+                drawn = min(self.num_proxies, self.proxy_batch_size or self.num_proxies)
+                self._reports.size("proxies", drawn, among_proxies.num_neighbors)
         on_ratio = self._record_ratio if self.collect_stats else None
         on_alone = partial(self._reports.alone, self.gradient_ratio)
         held = hold_gradient_ratio(embeddings, self.gradient_ratio, on_ratio=on_ratio, on_alone=on_alone)

@@ -38,7 +38,7 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
                 "distance must grow with dissimilarity, got the inverted "
                 f"{type(self.distance).__name__}; use PoincareDistance or LpDistance"
             )
-        self.num_neighbors = check_count("num_neighbors", num_neighbors, minimum=2)
+        self.num_neighbors = check_count("num_neighbors", num_neighbors, minimum=3)
         self.triplets_per_anchor = check_count("triplets_per_anchor", triplets_per_anchor)
         self.add_to_recordable_attributes(list_of_names=["num_neighbors", "triplets_per_anchor"], is_stat=False)
 

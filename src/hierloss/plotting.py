@@ -228,11 +228,10 @@ def write_html(
         >>> import tempfile
         >>> write_html(Hierarchy.from_embeddings(torch.randn(20, 8)), f"{tempfile.mkdtemp()}/tree.html")
     """
-    if texts is not None and len(texts) != tree.num_leaves:
-        raise ValueError(f"texts must be {tree.num_leaves}, one for each leaf, got {len(texts)}")
+    texts = None if texts is None else check_names("texts", texts, tree.num_leaves)
     plotly, pyplot, svg = _imported("plotly.offline"), _imported("matplotlib.pyplot"), io.StringIO()
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.sans-serif": ["DejaVu Sans"]}):
-        figure: Any = plot_disk(tree, **disk).figure
+        figure: Any = plot_disk(tree, **disk).figure.canvas.figure
         figure.savefig(svg, format="svg", transparent=True, dpi=150, metadata={"Date": None})
         if disk.get("ax") is None:
             pyplot.close(figure)
@@ -259,7 +258,7 @@ class _Leaves:
             groups, index = _grouped(own, count, class_names if labels is None else None, "leaf")
             names = [groups[group] for group in index]
         self.named, self.labelled = names is not None, labels is not None
-        self.names = check_names(range(count) if names is None else names, count)
+        self.names = check_names("names", range(count) if names is None else names, count)
         self.groups, self.index = _grouped(labels, count, class_names, "leaf")
         self.below = [tree.leaf_order[start:stop] for start, stop in tree.spans]
 
@@ -311,6 +310,7 @@ def _as_images(images: Any, count: int) -> list[np.ndarray]:
             raise ValueError(f"images must be (H, W) or (H, W, 1, 3 or 4) each, got shape {array.shape}")
     if all(array.dtype == np.uint8 for array in arrays):
         return arrays
+    arrays = [array.astype(np.float64) for array in arrays]
     low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
     return [((array - low) / ((high - low) or 1) * 255).astype(np.uint8) for array in arrays]
 
@@ -344,7 +344,7 @@ def _icicle(tree: Hierarchy, leaves: _Leaves, texts: Any) -> dict[str, Any]:
     for node, lines in enumerate(hover):
         if node < tree.num_leaves:
             lines += [leaves.groups[leaves.index[node]]] if leaves.labelled else []
-            lines += [] if texts is None else textwrap.wrap(str(texts[node]), 60)
+            lines += [] if texts is None else textwrap.wrap(texts[node], 60)
         else:
             proxy = "" if tree.proxies is None else f", proxy {tree.proxies[node]}"
             lines += [f"{tree.sizes[node]} leaves, height {tree.heights[node]:.3g}{proxy}"]
@@ -399,7 +399,7 @@ def _titles(leaves: _Leaves, members: Any, places: Any, room: float) -> tuple[li
 
 def _plain(name: str) -> str:
     """A name that matplotlib draws literally, not as a formula; in one line, of at most 40 characters."""
-    name = " " * name.startswith("_") + " ".join(name.split())  # matplotlib's legends leave out "_..."
+    name = " " * name.startswith("_") + " ".join(name.split()) or " "  # legends leave out "" and "_..."
     return (name if len(name) <= 40 else name[:39] + "…").replace("$", r"\$")
 
 

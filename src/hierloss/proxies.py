@@ -25,6 +25,10 @@ def set_size(parameter: Any, values: Tensor, dtype: torch.dtype) -> None:
     dtype = dtype if dtype == torch.float64 else parameter.data.dtype  # no other dtype changes the parameter's
     # The first batch may come in inference mode: a sanity check before training, for instance.
     with torch.inference_mode(False), torch.no_grad():
+        try:
+            parameter.data.copy_(values.new_empty(0))
+        except RuntimeError as error:
+            raise RuntimeError("HIERLoss cannot get a size within torch.func; give embedding_size") from error
         parameter.materialize(values.shape, device=values.device, dtype=dtype)
         parameter.copy_(values)
 

@@ -119,7 +119,7 @@ class PoincareKNN:
     def train(self, embeddings: Tensor) -> None:
         """Store references ``(M, D)``, in place of those stored before."""
         check_finite("embeddings", embeddings)
-        self._embeddings, self._prepared = embeddings.detach(), None
+        self._embeddings, self._prepared = embeddings.detach().clone(), None
 
     def add(self, embeddings: Tensor) -> None:
         """Store more references ``(M, D)``, behind those stored before."""

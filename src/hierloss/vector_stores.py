@@ -67,7 +67,8 @@ def rerank(query: Tensor, candidates: Tensor | np.ndarray, distance: PoincareDis
         tensor([[0, 2, 1]])
     """
     x = _points("query", query, distance)
-    candidates = torch.as_tensor(candidates)
+    if not isinstance(candidates, Tensor):
+        candidates = torch.from_numpy(np.array(candidates, np.float64))
     n, columns, shape = len(query), query.shape[1] + 2, tuple(candidates.shape)
     if len(shape) != 3 or shape[::2] != (n, columns):
         raise ValueError(f"candidates must have shape ({n}, K, {columns}), of stored_vectors, got shape {shape}")
