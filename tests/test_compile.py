@@ -28,8 +28,8 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("drawn", [False, True])
-def test_functional_core(drawn, monkeypatch):
+def functional_core(drawn):
+    """A mean loss as a function of distances, with draws or with given noise; and distances."""
     generator = torch.Generator().manual_seed(0)
     distances = torch.rand(30, 16, generator=generator).requires_grad_()
     triplets = torch.randint(30, (3, 200), generator=generator)
@@ -38,6 +38,12 @@ def test_functional_core(drawn, monkeypatch):
     def mean(distances):
         return functional.hierarchical_triplet_loss(distances, triplets, noise=noise).losses.mean()
 
+    return mean, distances
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_functional_core(drawn, monkeypatch):
+    mean, distances = functional_core(drawn)
     compiled = torch.compile(mean, fullgraph=True, backend="aot_eager")
     actual = values_and_gradients(compiled, distances)
     if drawn:  # the shapes that a compiler needs, and so the same random numbers
@@ -67,9 +73,8 @@ def test_the_loss_itself(with_labels, monkeypatch):
     wanted = embeddings, loss_func.proxies
     value = compiled(embeddings, labels)
     gradients = torch.autograd.grad(value, wanted)
-    monkeypatch.setattr(
-        functional, "shapes_may_depend_on_values", lambda _: False
-    )  # the shapes that a compiler needs
+    # The shapes that a compiler needs.
+    monkeypatch.setattr(functional, "shapes_may_depend_on_values", lambda _: False)
     torch.manual_seed(1)
     expected = loss_func(embeddings, labels)
     torch.testing.assert_close((value, *gradients), (expected, *torch.autograd.grad(expected, wanted)))
@@ -134,14 +139,7 @@ def test_a_copy_is_not_compiled(clone):
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C compiler")
 def test_inductor():
     """The default backend, on the core with given noise: it draws random numbers of its own."""
-    generator = torch.Generator().manual_seed(0)
-    distances = torch.rand(30, 16, generator=generator).requires_grad_()
-    triplets = torch.randint(30, (3, 200), generator=generator)
-    noise = torch.randn(2, 200, 16, generator=generator)
-
-    def mean(distances):
-        return functional.hierarchical_triplet_loss(distances, triplets, noise=noise).losses.mean()
-
+    mean, distances = functional_core(drawn=False)
     compiled = torch.compile(mean, fullgraph=True)
     torch.testing.assert_close(values_and_gradients(compiled, distances), values_and_gradients(mean, distances))
 

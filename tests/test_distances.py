@@ -118,7 +118,7 @@ def test_weights_are_not_mapped_to_the_ball_twice(batch):
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_a_curvature_of_one_element_of_any_shape(shape):
-    """Its gradient has that shape; more than one curvature is refused."""
+    """Its gradient has that shape."""
     ball = geoopt.PoincareBall(c=torch.full(shape, 0.3), learnable=True)
     embeddings = torch.randn(6, 4)
     distances = PoincareDistance(ball)(embeddings)
@@ -129,17 +129,10 @@ def test_a_curvature_of_one_element_of_any_shape(shape):
 
 
 def test_several_curvatures_are_refused():
-    with pytest.raises(ValueError, match=r"c of the geoopt.PoincareBall must have one element, got shape \(2,\)"):
-        PoincareDistance(geoopt.PoincareBall(c=torch.tensor([0.1, 0.2])))
     x = torch.zeros(2, 4)
     for function in (poincare.exp_map0, poincare.project, poincare.log_map0):
         with pytest.raises(ValueError, match=r"c must have one element, .* got shape \(2, 1\)"):
             function(x, torch.tensor([[0.1], [0.2]]))
-
-
-def test_other_norms_are_refused():
-    with pytest.raises(ValueError, match=r"p must be 2: .* got 1"):
-        PoincareDistance(p=1)
 
 
 @pytest.mark.parametrize("name", classes_of(miners, REFUSING_MINERS | BASE_MINERS))
@@ -176,13 +169,9 @@ def test_hyp_baseline_is_pairwise_cross_entropy():
     embeddings = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(12) % 6
     loss_func = losses.NTXentLoss(temperature=0.2, distance=PoincareDistance())
-    d = PoincareDistance()(embeddings)
-    total = 0.0
-    for i in range(12):
-        others = [j for j in range(12) if j != i]
-        logits = torch.stack([-d[i, j] / 0.2 for j in others])
-        total += float(logits.logsumexp(0) + d[i, (i + 6) % 12] / 0.2) / 12
-    assert abs(float(loss_func(embeddings, labels)) - total) < 1e-5
+    logits = (-PoincareDistance()(embeddings) / 0.2).fill_diagonal_(-math.inf)
+    expected = torch.nn.functional.cross_entropy(logits, (torch.arange(12) + 6) % 12)
+    assert abs(float(loss_func(embeddings, labels)) - float(expected)) < 1e-5
 
 
 def test_knn_and_accuracy_calculator_use_the_hyperbolic_order():
@@ -197,11 +186,9 @@ def test_knn_and_accuracy_calculator_use_the_hyperbolic_order():
     accuracy = calculator.get_accuracy(query, torch.tensor([5]), reference, torch.tensor([4, 5]))
     assert accuracy == {"precision_at_1": 1.0}
     cosine = AccuracyCalculator(include=("precision_at_1",), k=1)
-    normalized = (torch.nn.functional.normalize(t) for t in (query, reference))
-    query, reference = normalized
-    assert cosine.get_accuracy(query, torch.tensor([5]), reference, torch.tensor([4, 5])) == {
-        "precision_at_1": 0.0
-    }
+    query, reference = (torch.nn.functional.normalize(t) for t in (query, reference))
+    accuracy = cosine.get_accuracy(query, torch.tensor([5]), reference, torch.tensor([4, 5]))
+    assert accuracy == {"precision_at_1": 0.0}
 
 
 def test_batched_distance_and_match_finder():
@@ -226,12 +213,6 @@ def test_points_on_the_ball_are_taken_as_they_are():
     torch.testing.assert_close(d, torch.tensor([[0.0, 3.0], [3.0, 0.0]]).log().clamp(min=0))
 
 
-def test_clip_radius():
-    v = torch.tensor([[5.0, 0.0], [0.0, 0.0]])
-    assert float(PoincareDistance()(v)[0, 1]) == pytest.approx(2 * 2.3)
-    assert float(PoincareDistance(clip_radius=None)(v)[0, 1]) == pytest.approx(2 * 5.0)
-
-
 @pytest.mark.parametrize("norm", [3.0, 6.0, 9.0])
 def test_nothing_is_rounded_on_the_way_to_the_boundary(norm):
     """In float32 a vector of norm 9 is mapped onto the boundary itself; its distance from the origin is 18."""
@@ -253,24 +234,6 @@ def test_half_precision_and_autocast(dtype):
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
 
 
-def test_curvature_of_a_geoopt_ball_is_learned():
-    ball = geoopt.PoincareBall(c=0.5, learnable=True)
-    distance = PoincareDistance(c=ball)
-    v = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(distance(v), PoincareDistance(c=float(ball.c))(v))
-    assert list(distance.parameters())
-    distance(v).sum().backward()
-    (parameter,) = distance.parameters()
-    step = 1e-3
-    difference = []
-    for sign in (1, -1):
-        moved = geoopt.PoincareBall(c=0.5, learnable=True)
-        with torch.no_grad():
-            moved.isp_c.copy_(parameter + sign * step)
-        difference.append(float(PoincareDistance(c=moved)(v.double()).sum()))
-    assert float(parameter.grad) == pytest.approx((difference[0] - difference[1]) / (2 * step), rel=1e-3)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -279,10 +242,12 @@ def test_curvature_of_a_geoopt_ball_is_learned():
         ({"c": float("nan")}, r"c must be a finite positive number, got nan"),
         ({"c": "0.1"}, r"c must be a positive number or a geoopt.PoincareBall, got str"),
         ({"c": geoopt.PoincareBall(c=1e3, learnable=True)}, r"c of the geoopt.PoincareBall must be .* got inf"),
+        ({"c": geoopt.PoincareBall(c=torch.tensor([0.1, 0.2]))}, r"must have one element, got shape \(2,\)"),
         ({"c": geoopt.Euclidean()}, r"c must be .* got Euclidean"),
         ({"clip_radius": 0}, r"clip_radius must be a finite positive number, got 0"),
         ({"clip_radius": True}, r"clip_radius must be a positive number, got True of type bool"),
         ({"is_inverted": True}, r"is_inverted must be False"),
+        ({"p": 1}, r"p must be 2: .* got 1"),
     ],
 )
 def test_bad_arguments(kwargs, message):

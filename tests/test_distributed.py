@@ -120,14 +120,6 @@ def test_each_process_draws_for_its_own_embeddings_and_their_mean_trains_the_pro
     torch.testing.assert_close(results[0][name]["hier"], world_size * expected.mean(0))
 
 
-def test_without_gathering_every_gradient_is_the_mean_over_the_processes(seen):
-    world_size, results = seen
-    parts = [one_process(rows(rank, world_size), 7 + rank) for rank in range(world_size)]
-    for part in ("model", "base", "hier"):
-        expected = torch.stack([p[part] for p in parts]).mean(0)
-        torch.testing.assert_close(results[0]["not gathered"][part], expected)
-
-
 def test_gathered_once_every_gradient_is_that_of_one_process_with_the_whole_batch(seen):
     """The ratio is that of the whole batch too: no factor, whatever the number of processes."""
     _, results = seen
@@ -139,12 +131,16 @@ def test_gathered_once_every_gradient_is_that_of_one_process_with_the_whole_batc
     assert not torch.allclose(one_process(torch.arange(B), None)["model"], expected["model"], rtol=1e-3)
 
 
-def test_gathered_once_with_draws_every_gradient_is_the_mean_of_those_of_the_processes(seen):
+@pytest.mark.parametrize("name", ["not gathered", "gathered once, draws"])
+def test_with_draws_every_gradient_is_the_mean_of_those_of_the_processes(seen, name):
     world_size, results = seen
-    parts = [one_process(torch.arange(B), 7 + rank) for rank in range(world_size)]
+    parts = []
+    for rank in range(world_size):
+        indices = rows(rank, world_size) if name == "not gathered" else torch.arange(B)
+        parts.append(one_process(indices, 7 + rank))
     for part in ("model", "base", "hier"):
         expected = torch.stack([p[part] for p in parts]).mean(0)
-        torch.testing.assert_close(results[0]["gathered once, draws"][part], expected)
+        torch.testing.assert_close(results[0][name][part], expected)
 
 
 # --- training -----------------------------------------------------------------------------------------------

@@ -6,14 +6,13 @@ import itertools
 import json
 import math
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from numpy.linalg import norm
 from pytorch_metric_learning import losses
+from scipy import stats
 from scipy.cluster.hierarchy import cophenet, leaves_list, linkage
 from trees import sample_tree
 
@@ -62,7 +61,8 @@ def test_topology_and_heights_equal_brute_force(seed, method):
         m[0] for m in merges
     ]
     np.testing.assert_allclose(tree.heights[tree.num_leaves :], [height for _, height in merges], atol=1e-12)
-    assert tree == Hierarchy.from_embeddings(4 * embeddings, linkage=method)  # norms do not matter
+    scaled = embeddings * 2.0 ** torch.arange(len(embeddings)).unsqueeze(1)
+    assert tree == Hierarchy.from_embeddings(scaled, linkage=method)  # norms do not matter, as on the ball
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -89,13 +89,6 @@ def test_class_leaf_is_the_mean_of_its_scaled_embeddings():
     np.testing.assert_array_equal(tree.proxies, expected.proxies)
     np.testing.assert_allclose(tree.radii, expected.radii)
     assert tree.leaf_labels.tolist() == [0, 10, 20, 30, 40]
-
-
-def test_embeddings_on_the_ball_have_the_same_tree():
-    _, embeddings, _ = random_tree(20, 1)
-    on_ball = PoincareDistance(clip_radius=None).normalize(embeddings)
-    expected = Hierarchy.from_embeddings(embeddings)
-    np.testing.assert_allclose(Hierarchy.from_embeddings(on_ball).linkage, expected.linkage, atol=1e-6)
 
 
 # --- queries ------------------------------------------------------------------------------------------------
@@ -327,13 +320,6 @@ def test_bad_queries(tree):
             tree.place(distances)
 
 
-def test_import_needs_no_optional_package():
-    blocked = "import sys; sys.modules.update(matplotlib=None, plotly=None, networkx=None); import hierloss"
-    assert subprocess.run([sys.executable, "-c", blocked], capture_output=True).returncode == 0
-    loaded = "import hierloss, sys; print({'matplotlib', 'plotly', 'hierloss.plotting'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True).stdout == b"set()\n"
-
-
 # --- the whole way: from a known tree, through training, and back -------------------------------------------
 
 
@@ -398,10 +384,6 @@ def test_the_hierarchy_of_a_loss_is_that_of_its_proxies_and_distance():
     )
     ward = Hierarchy.from_embeddings(embeddings, labels, linkage="ward", distances=distances)
     assert loss_func.hierarchy(embeddings, labels, linkage="ward") == ward != of_samples
-    with pytest.raises(ValueError, match=r"embeddings must have 4 columns, .* got shape \(30, 3\)"):
-        loss_func.hierarchy(embeddings[:, :3])
-    with pytest.raises(RuntimeError, match=r"HIERLoss has no proxies before its first batch; .* a state_dict"):
-        HIERLoss(8).hierarchy(embeddings)
 
 
 @pytest.mark.parametrize("on_ball", [False, True])
@@ -420,9 +402,8 @@ def test_init_proxies_draws_data_towards_the_origin(on_ball):
     counts = nearest.indices.bincount(minlength=200)
     assert (counts.min(), counts.max()) == (2, 3)  # without replacement
     clipped = embeddings.norm(dim=1).clamp_max(1.5)[nearest.indices]
-    shares = (proxies.norm(dim=1) / clipped).sort().values
-    uniform = (torch.arange(500) + 0.5) / 500
-    assert float((shares - uniform).abs().max()) < 1.63 / 500**0.5  # Kolmogorov-Smirnov, 1%
+    shares = proxies.norm(dim=1) / clipped
+    assert stats.kstest(shares.numpy(), "uniform").pvalue > 0.01
     torch.manual_seed(1)
     loss_func.init_proxies(given)
     assert torch.equal(loss_func.proxies, proxies)

@@ -142,20 +142,6 @@ def test_hierarchical_recall_equals_definition(k):
     assert expected[0] < expected[2]
 
 
-def test_hierarchical_recall_equals_precision_at_1_of_pml():
-    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-
-    points = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(60) % 6
-    calculator = AccuracyCalculator(include=("precision_at_1",), k=1, knn_func=lambda q, k, r, same: knn(q, k))
-
-    def knn(query, k):
-        return torch.cdist(query, query).fill_diagonal_(torch.inf).topk(k, largest=False)
-
-    expected = calculator.get_accuracy(points, labels)["precision_at_1"]
-    assert metrics.hierarchical_recall_at_k(torch.cdist(points, points), labels[:, None]) == [expected]
-
-
 def test_the_diagonal_is_not_used():
     distances = np.random.default_rng(0).random((12, 12))
     masked = distances.copy()

@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -33,12 +34,10 @@ def features():
 
 def test_the_loss_is_that_of_triplets_mined_among_the_features(embeddings, features):
     hier = make_hier()
-    rows = {"samples": (features, hier.proxy_distances(embeddings))}
-    total = 0
-    points = hier.distance(hier.proxies)
+    total, of_proxies = 0, hier.distance(hier.proxies)
     for distances, to_proxies in (
-        (torch.cdist(features.double(), features.double()), rows["samples"][1]),
-        (points.detach(), points),
+        (torch.cdist(features.double(), features.double()), hier.proxy_distances(embeddings)),
+        (of_proxies.detach(), of_proxies),
     ):
         *triplets, valid = functional.reciprocal_triplets(distances, num_neighbors=6, random=False)
         triplets = torch.stack(triplets)[:, valid]
@@ -124,26 +123,24 @@ def test_a_copy_made_in_a_block_has_no_features(embeddings, features):
 
 
 def test_each_thread_has_its_own(embeddings):
-    hier, results, barrier = make_hier(), {}, threading.Barrier(3)
-    of_thread = {seed: torch.randn(B, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2)}
+    hier, barrier = make_hier(), threading.Barrier(3)
+    of_threads = torch.randn(2, B, 4)
 
-    def work(seed):
-        with hier.neighbors_from(of_thread[seed]):
+    def work(features):
+        with hier.neighbors_from(features):
             barrier.wait()
-            results[seed] = hier(embeddings)
+            found = hier(embeddings)
             barrier.wait()
+        return found
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in of_thread]
-    for thread in threads:
-        thread.start()
-    barrier.wait()
-    results["main"] = hier(embeddings)
-    barrier.wait()
-    for thread in threads:
-        thread.join()
-    assert torch.equal(results["main"], hier(embeddings))
-    for seed, features in of_thread.items():
-        assert torch.equal(results[seed], hier(embeddings, neighbor_features=features))
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(work, of_threads)
+        barrier.wait()
+        of_main_thread = hier(embeddings)
+        barrier.wait()
+    assert torch.equal(of_main_thread, hier(embeddings))
+    for found, features in zip(results, of_threads, strict=True):
+        assert torch.equal(found, hier(embeddings, neighbor_features=features))
 
 
 @pytest.mark.parametrize("miner", [ReciprocalNeighborMiner(6, distance=LpDistance()), miners.BatchHardMiner()])

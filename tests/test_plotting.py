@@ -41,12 +41,15 @@ def make_tree(leaves=40, seed=0):
     )
 
 
-def drawn_points(ax, skip_empty=True):
+def drawn_points(ax):
     """Coordinates of all markers."""
-    offsets = [
-        np.asarray(c.get_offsets()) for c in ax.collections if hasattr(c, "get_sizes") and len(c.get_sizes())
-    ]
-    return [o for o in offsets if len(o)]
+    markers = [c for c in ax.collections if hasattr(c, "get_sizes") and len(c.get_sizes())]
+    return [np.asarray(c.get_offsets()) for c in markers if len(c.get_offsets())]
+
+
+def written(ax):
+    """All texts at the leaves, and the notices."""
+    return [text.get_text() for text in [*ax.texts, *ax.get_yticklabels()]]
 
 
 def disk_distance(x, y):
@@ -195,7 +198,7 @@ def test_leaves_coloured_by_superclass_keep_their_own_labels_as_names():
     for plot in DRAW.values():
         ax = plot(tree, labels=torch.arange(12) % 2)
         ax.figure.draw_without_rendering()
-        assert "22" in {text.get_text() for text in [*ax.texts, *ax.get_yticklabels()]}
+        assert "22" in written(ax)
 
 
 @pytest.mark.parametrize("heights", [[1.0], [1.0, 1.0], [0.0, 0.0]])
@@ -204,11 +207,6 @@ def test_dendrogram_of_one_height_has_room(heights):
     left, right = plotting.plot_dendrogram(Hierarchy(matrix)).get_xlim()
     assert left > 1
     assert right == 0
-
-
-def written(ax):
-    """All texts at the leaves, and the notices."""
-    return [text.get_text() for text in [*ax.texts, *ax.get_yticklabels()]]
 
 
 def overlaps(ax):

@@ -122,18 +122,7 @@ def test_pairwise_takes_leading_dimensions(cells, monkeypatch):
     torch.testing.assert_close(grads, expected_grads)
 
 
-# --- agreement with geoopt ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("c", [0.05, 0.1, 1.0, 4.0])
-def test_agrees_with_geoopt_in_float64(c):
-    ball = geoopt.PoincareBall(c=torch.tensor(c, dtype=torch.float64))
-    v, w = directions(8, 5) * 1.2, directions(8, 5, seed=1) * 0.4
-    x, y = poincare.exp_map0(v, c), poincare.exp_map0(w, c)
-    torch.testing.assert_close(x, ball.expmap0(v))
-    torch.testing.assert_close(poincare.log_map0(x, c), ball.logmap0(x))
-    torch.testing.assert_close(poincare.distance(x, y, c), ball.dist(x, y))
-    torch.testing.assert_close(poincare.distance(x, torch.zeros_like(x), c), ball.dist0(x))
+# --- gradients, and what is not finite ----------------------------------------------------------------------
 
 
 def test_riemannian_gradient_is_geoopts():
@@ -304,7 +293,7 @@ def test_hyperboloid():
     )
 
 
-# --- epsilons: each test fails without its own --------------------------------------------------------------
+# --- the boundary -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -319,9 +308,8 @@ def test_boundary_eps_keeps_the_boundary_finite(dtype, radius):
         for d in (poincare.pairwise_distance(x, y, 1.0), poincare.distance(x, y, 1.0)):
             assert d.isfinite().all()
             # As far as the triangle inequality demands: x is at log(2 / eps) from the origin, y at log 3.
-            assert (
-                d.min() > math.log(2 / poincare.boundary_eps(dtype)) - math.log(3) - 0.3
-            )  # a digit of eps is rounding
+            farthest = math.log(2 / poincare.boundary_eps(dtype))
+            assert d.min() > farthest - math.log(3) - 0.3  # a digit of eps is rounding
             for grad in torch.autograd.grad(d.sum(), (x, y), retain_graph=True):
                 assert grad.isfinite().all()
 
@@ -329,20 +317,6 @@ def test_boundary_eps_keeps_the_boundary_finite(dtype, radius):
 def test_exp_map_stays_inside_in_float32():
     v = (directions(1000, 16) * torch.logspace(0, 30, 1000, dtype=torch.float64).unsqueeze(1)).float()
     assert (poincare.exp_map0(v, 1.0).double().norm(dim=1) < 1).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [0.0, 1e-30])
-def test_linear_norm_keeps_the_origin_finite(dtype, size):
-    v = (directions(5, 3) * size).to(dtype).requires_grad_()
-    for function in (poincare.exp_map0, poincare.log_map0, lambda t, c: poincare.clip_norm(t, 1.0)):
-        out = function(v, 0.5)
-        torch.testing.assert_close(out, v, rtol=1e-6, atol=0)
-        (grad,) = torch.autograd.grad(out.sum(), v)
-        torch.testing.assert_close(grad, torch.ones_like(v))  # the identity, to first order
-    d = poincare.pairwise_distance(v, v, 0.5)
-    (grad,) = torch.autograd.grad(d.sum(), v)
-    assert grad.isfinite().all()
 
 
 # --- shapes, dtypes, thresholds -----------------------------------------------------------------------------

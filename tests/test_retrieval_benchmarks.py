@@ -40,16 +40,17 @@ def draw(path, label, plain=False):
     image.resize((48, 40), Image.Resampling.NEAREST).save(path, format="png" if plain else None)
 
 
-def test_labels(first):
-    return [*(label for label in range(first, first + CLASSES) for _ in range(IMAGES)), first + CLASSES]
+def train_labels(first):
+    return [label for label in range(first, first + CLASSES) for _ in range(IMAGES)]
 
 
-test_labels.__test__ = False
+def query_labels(first):
+    return [*train_labels(first), first + CLASSES]
 
 
 def make_cub(root, plain=False):
     folder = root / "CUB_200_2011"
-    labels = [label for label in range(1, 1 + CLASSES) for _ in range(IMAGES)] + test_labels(101)
+    labels = train_labels(1) + query_labels(101)
     names = [f"{label:03d}.Bird_{label}/Bird_{label}_{i:04d}_{i}.jpg" for i, label in enumerate(labels, 1)]
     for name, label in zip(names, labels, strict=True):
         draw(folder / "images" / name, label, plain)
@@ -65,7 +66,7 @@ def make_cars(root):
     root.mkdir(parents=True)
     (root / "names.csv").write_text("".join(f"{name}\n" for name in names))
     rows = {"train": [], "test": []}
-    labels = [label for label in range(95, 95 + CLASSES) for _ in range(IMAGES)] + test_labels(99)
+    labels = train_labels(95) + query_labels(99)
     for i, label in enumerate(labels):
         split = "train" if i % 2 else "test"  # the Cars' own split, of images
         name = f"{i:05d}.jpg"
@@ -77,12 +78,8 @@ def make_cars(root):
 
 def make_sop(root):
     folder = root / "Stanford_Online_Products"
-    labels = {
-        "train": [label for label in range(1, 1 + CLASSES) for _ in range(IMAGES)],
-        "test": test_labels(11319),
-    }
     number = 0
-    for split, of_split in labels.items():
+    for split, of_split in {"train": train_labels(1), "test": query_labels(11319)}.items():
         rows = ["image_id class_id super_class_id path\n"]
         for label in of_split:
             number += 1
@@ -93,10 +90,9 @@ def make_sop(root):
 
 
 def make_inshop(root):
-    items = {"train": [], "query": [], "gallery": []}
-    items["train"] = [label for label in range(2, 2 + CLASSES) for _ in range(IMAGES)]
-    items["query"] = [50, 51, 52, 53, 54]  # without the gallery, nothing would be found
-    items["gallery"] = [label for label in range(50, 50 + CLASSES) for _ in range(2)]
+    gallery = [label for label in range(50, 50 + CLASSES) for _ in range(2)]
+    # Each query is of another class: without the gallery, nothing would be found.
+    items = {"train": train_labels(2), "query": [50, 51, 52, 53, 54], "gallery": gallery}
     rows = []
     for split, of_split in items.items():
         for i, label in enumerate(of_split):
@@ -110,7 +106,7 @@ def make_inshop(root):
 
 
 def make_folder(root):
-    labels = [label for label in range(CLASSES) for _ in range(IMAGES)] + test_labels(CLASSES)
+    labels = train_labels(0) + query_labels(CLASSES)
     for i, label in enumerate(labels):
         draw(root / f"{label:02d} class" / f"{i}.{('jpg', 'JPEG')[i % 2]}", label)
     (root / "00 class" / "notes.txt").touch()
@@ -177,7 +173,7 @@ def test_datasets_are_read_as_they_are_unpacked(miniature):
     assert sorted(label for _, label in train_set) == sorted(list(range(CLASSES)) * IMAGES)
     query = benchmark.dataset(str(root), benchmark.query, data.eval_transform(32, (0.5,) * 3, (0.5,) * 3))
     first = min(query.labels)
-    assert sorted(query.labels) == (test_labels(first) if name != "inshop" else [*range(50, 55)])
+    assert sorted(query.labels) == (query_labels(first) if name != "inshop" else [*range(50, 55)])
     assert not set(query.labels) & set(train_set.labels)
     for image in (train_set[0][0], query[0][0]):
         assert image.shape == (3, 32, 32)

@@ -101,10 +101,6 @@ def state(**kwargs):
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        (
-            state(num_proxies=25),
-            r"size mismatch for proxies: the checkpoint has shape \(25, 8\), expected \(24, 8\)",
-        ),
         (state(embedding_size=9), r"the checkpoint has shape \(24, 9\), expected \(24, 8\); build HIERLoss with"),
         ({"proxies": torch.zeros(24)}, r"the checkpoint has shape \(24,\), expected \(24, 8\)"),
         ({"proxies": [0.0]}, r'parameter named "proxies", expected torch.Tensor .* received'),

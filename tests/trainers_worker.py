@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 STEPS, WORLD_SIZE = 4, 2
 RATES = {"model": 1e-2, "loss_func": 1e-1}
+LIGHTNING = {"accelerator": "cpu", "devices": WORLD_SIZE, "strategy": "ddp", "logger": False}
+LIGHTNING |= dict.fromkeys(["enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
 
 
 class Gathering(ModelAndLoss):
@@ -104,16 +106,7 @@ def lightning(folder: Path, steps: int, resume: bool) -> torch.nn.Module:
 
     module, file = Module(), folder / "half.ckpt"
     loader = DataLoader(TensorDataset(*make_data()), batch_size=B // WORLD_SIZE, shuffle=True, drop_last=True)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=WORLD_SIZE,
-        strategy="ddp",
-        max_steps=steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = Trainer(**LIGHTNING, max_steps=steps)
     trainer.fit(module, loader, ckpt_path=str(file) if resume else None)
     if steps < STEPS:
         trainer.save_checkpoint(file)
@@ -128,15 +121,7 @@ def callback(folder: Path) -> dict[str, Tensor]:
     torch.manual_seed(0)
     module, digits = example["MetricLearner"](), TensorDataset(torch.randn(90, 64), torch.arange(90) % 5)
     trainer = Trainer(
-        accelerator="cpu",
-        devices=WORLD_SIZE,
-        strategy="ddp",
-        max_epochs=2,
-        callbacks=[example["HIERCallback"](folder / "tree", max_samples=45)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **LIGHTNING, max_epochs=2, callbacks=[example["HIERCallback"](folder / "tree", max_samples=45)]
     )
     trainer.fit(module, DataLoader(digits, batch_size=15))
     return {"proxies": module.hier.proxies.detach()}
