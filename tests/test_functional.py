@@ -547,6 +547,7 @@ def test_bad_arguments_of_the_loss(change, message):
     [
         ({"distances": torch.rand(3, 4)}, r"a square matrix of floats, got torch.float32 of shape \(3, 4\)"),
         ({"distances": torch.rand(0, 0)}, r"a square matrix of floats, got torch.float32 of shape \(0, 0\)"),
+        ({"distances": torch.tensor(1.0)}, r"a square matrix of floats, got torch.float32 of shape \(\)"),
         ({"distances": torch.ones(5, 5).int()}, r"got torch.int32 of shape \(5, 5\)"),
         ({"labels": torch.zeros(1)}, r"labels must have shape \(5,\), got shape \(1,\)"),
         ({"num_neighbors": 2}, r"num_neighbors must be at least 3, got 2"),

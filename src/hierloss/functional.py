@@ -49,7 +49,7 @@ def reciprocal_triplets(
     Args:
         distances: symmetric distances of shape ``(N, N)``; the diagonal is ignored. They get no gradient.
         labels: class labels of shape ``(N,)``, or ``None``.
-        num_neighbors: ``k``; values above ``N`` mean ``N``.
+        num_neighbors: ``k``, at least 3; values above ``N`` mean ``N``.
         triplets_per_anchor: ``t``.
         random: ``False`` spreads positives and negatives evenly instead of drawing them.
 
@@ -64,9 +64,10 @@ def reciprocal_triplets(
         >>> bool(valid.all()), bool((a // 3 == p // 3).all()), bool((a // 3 != n // 3).all())
         (True, True, True)
     """
-    count, shape = len(distances), tuple(distances.shape)
-    if shape != (count, count) or count == 0 or not distances.is_floating_point():
+    shape = tuple(distances.shape)
+    if len(shape) != 2 or shape[0] != shape[1] or 0 in shape or not distances.is_floating_point():
         raise ValueError(f"distances must be a square matrix of floats, got {distances.dtype} of shape {shape}")
+    count = shape[0]
     if labels is not None and labels.shape != (count,):
         raise ValueError(f"labels must have shape ({count},), got shape {tuple(labels.shape)}")
     check_count("num_neighbors", num_neighbors, minimum=3)  # with 2, no anchor is valid

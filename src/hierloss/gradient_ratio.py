@@ -35,8 +35,8 @@ def hold_gradient_ratio(
     ``h`` is the sum of all other gradients at the same tensor in the same backward pass, ``r`` the ratio; norms
     are Frobenius norms over the batch. A common factor of all losses, of a gradient scaler for instance, does not
     change the ratio. Non-finite values are kept. If ``h`` or ``g`` is zero, the result is ``h``. If no other loss
-    uses the tensor in a backward pass, the result is ``g``. One of the losses must not be held: two held ones alone
-    give zeros.
+    uses the tensor in a backward pass, the result is ``g``. At least one loss must not be held:
+    two held ones alone give zeros.
 
     Args:
         embeddings: shape ``(N, D)``, the same tensor that the other losses use.

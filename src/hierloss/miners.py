@@ -18,7 +18,7 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
     labels)``, it returns ``(anchors, positives, negatives)``. Random numbers come from torch's default generator.
 
     Args:
-        num_neighbors: size of a neighbourhood, the point itself included.
+        num_neighbors: size of a neighbourhood, the point itself included; at least 3.
         triplets_per_anchor: triplets drawn for every anchor.
         **kwargs: PML's options: ``distance`` (default `PoincareDistance`), ``collect_stats``.
 

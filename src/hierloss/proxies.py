@@ -26,7 +26,7 @@ def set_size(parameter: Any, values: Tensor, dtype: torch.dtype) -> None:
     # The first batch may come in inference mode: a sanity check before training, for instance.
     with torch.inference_mode(False), torch.no_grad():
         try:
-            parameter.data.copy_(values.new_empty(0))
+            parameter.data.copy_(values.new_empty(0))  # fails where the parameter must not be changed
         except RuntimeError as error:
             raise RuntimeError("HIERLoss cannot get a size within torch.func; give embedding_size") from error
         parameter.materialize(values.shape, device=values.device, dtype=dtype)
