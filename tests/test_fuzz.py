@@ -206,7 +206,7 @@ class Draw(io.BytesIO):
         return self.choice(*LAYOUTS)(torch.tensor([first + k for k in classes.tolist()], dtype=dtype))
 
     def miner(self, n: int, t: int, distance: PoincareDistance) -> hierloss.ReciprocalNeighborMiner:
-        return hierloss.ReciprocalNeighborMiner(self.count(2, max(20, 2 * n)), t, distance=distance)
+        return hierloss.ReciprocalNeighborMiner(self.count(3, max(20, 2 * n)), t, distance=distance)
 
 
 def map_of_points(function: Callable[..., Tensor], name: str = "x") -> Callable[[Draw], Case]:
