@@ -65,12 +65,12 @@ def test_equals_reference_in_value_and_gradient(seed, zero_noise):
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-10)
 
 
-def test_noise_of_another_dtype():
+def test_noise_of_another_dtype_and_triplets_as_three_tensors():
     distances = distance_matrix(points(9), points(7, seed=1)).float().requires_grad_()
     triplets, noise = torch.tensor(random_triplets(9, 50)).T, gumbel(2, 50, 7)
     results = []
     for given in (noise, noise.float()):
-        losses = functional.hierarchical_triplet_loss(distances, triplets, noise=given).losses
+        losses = functional.hierarchical_triplet_loss(distances, tuple(triplets), noise=given).losses
         results.append((losses, *torch.autograd.grad(losses.sum(), distances)))
     torch.testing.assert_close(*results)
 
@@ -188,7 +188,7 @@ def test_zero_noise_takes_the_most_probable_ancestor():
     torch.testing.assert_close(losses, torch.tensor([0.1 + 0.3]))
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e3, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 10.0, 1e3, 1e30])
 def test_any_scale_of_distances_gives_finite_results(scale):
     """The largest weight of a row is 1; without that every weight underflows and nothing can be drawn."""
     distances = (distance_matrix(points(6), points(8, seed=1)) * scale).float().requires_grad_()
@@ -534,6 +534,7 @@ def test_expanded_noise_is_not_copied():
         ({"triplets": torch.zeros(4, 5, dtype=torch.long)}, r"triplets must be three index tensors .* \(4, 5\)"),
         ({"margin": -1.0}, r"margin must be a finite non-negative number, got -1.0"),
         ({"temperature": 0.0}, r"temperature must be a finite positive number, got 0.0"),
+        ({"temperature": 1e-31}, r"temperature must be at least 1e-30, got 1e-31"),
     ],
 )
 def test_bad_arguments_of_the_loss(change, message):
