@@ -51,6 +51,11 @@ def check_curvature(c: Any) -> "float | geoopt.PoincareBall":
     return c
 
 
+def current_c(curvature: "float | geoopt.PoincareBall") -> float | Tensor:
+    """The number, or the present value of the ball's tensor."""
+    return curvature if isinstance(curvature, float) else curvature.c
+
+
 def check_embeddings(name: str, embeddings: Tensor, width: int | None = None) -> None:
     """Raise unless ``embeddings`` is a floating point matrix, with ``width`` columns if that is given."""
     if not isinstance(embeddings, Tensor):

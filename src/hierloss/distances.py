@@ -7,7 +7,7 @@ from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor
 
 from . import poincare
-from ._checks import check_curvature, check_number
+from ._checks import check_curvature, check_number, current_c
 
 if TYPE_CHECKING:
     import geoopt
@@ -60,7 +60,7 @@ class PoincareDistance(BaseDistance):  # type: ignore[misc]
     @property
     def c(self) -> float | Tensor:
         """Minus the curvature: a number, or the ball's tensor."""
-        return poincare.current_c(self.curvature)
+        return current_c(self.curvature)
 
     def forward(self, query_emb: Tensor, ref_emb: Tensor | None = None) -> Tensor:
         """Distances of all pairs, shape ``(N, M)``, of embeddings ``(N, D)`` and ``(M, D)``."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import poincare
-from ._checks import check_curvature, check_number
+from ._checks import check_curvature, check_number, current_c
 
 if TYPE_CHECKING:
     import geoopt
@@ -48,7 +48,7 @@ class ToPoincare(torch.nn.Module):
     @property
     def c(self) -> float | Tensor:
         """Minus the curvature: a number, or the ball's tensor."""
-        return poincare.current_c(self.curvature)
+        return current_c(self.curvature)
 
     def forward(self, v: Tensor) -> Tensor:
         x = poincare.exp_map0(v, self.c, self.clip_radius)
@@ -81,7 +81,7 @@ class FromPoincare(torch.nn.Module):
     @property
     def c(self) -> float | Tensor:
         """Minus the curvature: a number, or the ball's tensor."""
-        return poincare.current_c(self.curvature)
+        return current_c(self.curvature)
 
     def forward(self, x: Tensor) -> Tensor:
         return poincare.log_map0(x, self.c)

@@ -13,15 +13,11 @@ Sources: Ganea, Bécigneul, Hofmann, "Hyperbolic Neural Networks" (2018), lemma 
 
 import math
 from functools import reduce
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._checks import check_number
-
-if TYPE_CHECKING:
-    import geoopt
 
 __all__ = [
     "clip_norm",
@@ -63,11 +59,6 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 def working(x: Tensor) -> Tensor:
     """``x`` in the dtype that coordinates are computed in."""
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-
-
-def current_c(curvature: "float | geoopt.PoincareBall") -> float | Tensor:
-    """The number, or the present value of the ball's tensor."""
-    return curvature if isinstance(curvature, float) else curvature.c
 
 
 def as_number(c: float | Tensor) -> float:
