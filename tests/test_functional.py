@@ -88,6 +88,30 @@ def test_chunks_do_not_change_the_result(monkeypatch):
         torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-12)
 
 
+def test_straight_through_equals_torch_gumbel_softmax():
+    """One draw written with torch.nn.functional.gumbel_softmax(hard=True), on the same random numbers."""
+    distances = distance_matrix(points(3), points(6, seed=1)).requires_grad_()
+    triplets = torch.tensor([[0], [1], [2]])
+    for seed in range(20):
+        torch.manual_seed(seed)
+        pair = torch.maximum(distances[0], distances[1])
+        triple = torch.maximum(pair, distances[2])
+        one_hots = [torch.nn.functional.gumbel_softmax(-m / 0.1, hard=True, dim=0) for m in (pair, triple)]
+        torch.manual_seed(seed)
+        noise = torch.stack([-torch.empty(6, dtype=torch.float64).exponential_().log() for _ in range(2)])
+        ij, ijk = ((distances * one_hot).sum(1) for one_hot in one_hots)
+        gap = (ij - ijk) * torch.tensor([1.0, 1.0, -1.0])
+        expected = torch.relu(gap + 0.1).sum() * (one_hots[0].argmax() != one_hots[1].argmax())
+        losses, _ = functional.hierarchical_triplet_loss(distances, triplets, noise=noise.unsqueeze(1))
+        assert abs(losses[0] - expected) < 1e-12
+        torch.testing.assert_close(
+            torch.autograd.grad(losses.sum(), distances)[0],
+            torch.autograd.grad(expected, distances)[0],
+            rtol=1e-10,
+            atol=1e-12,
+        )
+
+
 def test_free_draws_have_the_mean_of_the_reference():
     """Loss and gradient, averaged over many draws, against the same average with explicit Gumbel noise."""
     torch.manual_seed(0)

@@ -122,7 +122,18 @@ def test_pairwise_takes_leading_dimensions(cells, monkeypatch):
     torch.testing.assert_close(grads, expected_grads)
 
 
-# --- gradients, and what is not finite ----------------------------------------------------------------------
+# --- agreement with geoopt ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("c", [0.05, 0.1, 1.0, 4.0])
+def test_agrees_with_geoopt_in_float64(c):
+    ball = geoopt.PoincareBall(c=torch.tensor(c, dtype=torch.float64))
+    v, w = directions(8, 5) * 1.2, directions(8, 5, seed=1) * 0.4
+    x, y = poincare.exp_map0(v, c), poincare.exp_map0(w, c)
+    torch.testing.assert_close(x, ball.expmap0(v))
+    torch.testing.assert_close(poincare.log_map0(x, c), ball.logmap0(x))
+    torch.testing.assert_close(poincare.distance(x, y, c), ball.dist(x, y))
+    torch.testing.assert_close(poincare.distance(x, torch.zeros_like(x), c), ball.dist0(x))
 
 
 def test_riemannian_gradient_is_geoopts():
@@ -293,7 +304,7 @@ def test_hyperboloid():
     )
 
 
-# --- the boundary -------------------------------------------------------------------------------------------
+# --- epsilons: each test fails without its own --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -317,6 +328,20 @@ def test_boundary_eps_keeps_the_boundary_finite(dtype, radius):
 def test_exp_map_stays_inside_in_float32():
     v = (directions(1000, 16) * torch.logspace(0, 30, 1000, dtype=torch.float64).unsqueeze(1)).float()
     assert (poincare.exp_map0(v, 1.0).double().norm(dim=1) < 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0.0, 1e-30])
+def test_linear_norm_keeps_the_origin_finite(dtype, size):
+    v = (directions(5, 3) * size).to(dtype).requires_grad_()
+    for function in (poincare.exp_map0, poincare.log_map0, lambda t, c: poincare.clip_norm(t, 1.0)):
+        out = function(v, 0.5)
+        torch.testing.assert_close(out, v, rtol=1e-6, atol=0)
+        (grad,) = torch.autograd.grad(out.sum(), v)
+        torch.testing.assert_close(grad, torch.ones_like(v))  # the identity, to first order
+    d = poincare.pairwise_distance(v, v, 0.5)
+    (grad,) = torch.autograd.grad(d.sum(), v)
+    assert grad.isfinite().all()
 
 
 # --- shapes, dtypes, thresholds -----------------------------------------------------------------------------
