@@ -125,7 +125,7 @@ class PoincareKNN:
         """Store more references ``(M, D)``, behind those stored before."""
         check_finite("embeddings", embeddings)
         stored = [] if self._embeddings is None else [self._embeddings]
-        self.train(torch.cat([*stored, embeddings.detach()]))
+        self._embeddings, self._prepared = torch.cat([*stored, embeddings.detach()]), None
 
     def save(self, filename: str | PathLike[str]) -> None:
         """Write the stored references to a file."""
