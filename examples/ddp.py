@@ -7,6 +7,7 @@ retrieves among the digits 5 to 9.
 """
 
 import argparse
+import gc
 import os
 import sys
 
@@ -35,13 +36,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
     args = parser.parse_args()
     if "RANK" in os.environ:
+        dist.init_process_group("gloo")  # "nccl" on GPUs
         train(args.epochs, args.seed)
+        gc.collect()  # if DDP is freed after its process group, torch can hang (pytorch issue 56297)
+        dist.destroy_process_group()
     else:  # not started by torchrun
         torchrun(["--standalone", "--nproc-per-node", "2", *sys.argv])
 
 
 def train(epochs: int, seed: int) -> None:
-    dist.init_process_group("gloo")  # "nccl" on GPUs
     rank = dist.get_rank()
     torch.manual_seed(seed)
 
@@ -86,8 +89,6 @@ def train(epochs: int, seed: int) -> None:
         print("Digits never seen:", ", ".join(scores))
         difference = max(float((other - proxies).abs().max()) for other in everywhere)
         print(f"Largest difference of HIER's proxies between {len(everywhere)} processes: {difference:g}")
-    dist.barrier()  # gloo can hang if a process group is destroyed while a gather is being cleaned up
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 are one batch of all processes, and neither losses nor miner mind its order. So each step is that of one process.
 """
 
+import gc
 import runpy
 import sys
 from pathlib import Path
@@ -142,7 +143,7 @@ def main(what: str, folder: Path) -> None:
 
 def finish(results: dict[str, Any], folder: Path) -> None:
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
-    torch.distributed.barrier()  # gloo can hang if a process group is destroyed while a gather is being cleaned up
+    gc.collect()  # if DDP is freed after its process group, torch can hang (pytorch issue 56297)
     torch.distributed.destroy_process_group()
 
 
