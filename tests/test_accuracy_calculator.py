@@ -1,5 +1,7 @@
 """Scores of superclasses in PML's calculator: against definitions, with any knn_func, in PML's tester."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,7 @@ def test_in_a_tester_of_pml():
         ("a 1\nb 2", "expected one root above all nodes, got a and b"),
         ("r a\na 1\na 01", "each label once"),
         ("r a\na x", "taxonomy must have integer labels: .*'x'"),
+        ({2**24: 0, 2**24 + 1: 1}, r"labels up to 2\*\*24, because PML's are float32, got 16777217"),
     ],
 )
 def test_bad_taxonomy(taxonomy, message, tmp_path):
@@ -146,6 +149,13 @@ def test_precision_at_k_needs_k():
     assert 0 < found["superclass_precision_at_k"] < 1
     with pytest.raises(ValueError, match="k must be given for superclass_precision_at_k, got None"):
         HierarchicalAccuracyCalculator(TAXONOMY, include=SCORES)
+
+
+def test_no_two_labels_are_equal():
+    """PML then requests 0 neighbours for "max_bin_count"."""
+    own = {"k": "max_bin_count", "knn_func": CustomKNN(CosineSimilarity()), "device": torch.device("cpu")}
+    calculator = HierarchicalAccuracyCalculator(TAXONOMY, include=SCORES[:1], **own)
+    assert math.isnan(calculator.get_accuracy(torch.randn(6, 3), torch.arange(6))[SCORES[0]])
 
 
 def test_label_without_superclass():

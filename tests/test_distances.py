@@ -116,6 +116,12 @@ def test_weights_are_not_mapped_to_the_ball_twice(batch):
         loss_func(*batch)
 
 
+def test_a_curvature_set_to_a_whole_number():
+    distance, embeddings = PoincareDistance(), torch.randn(6, 4)
+    distance.curvature = 1
+    torch.testing.assert_close(distance(embeddings), PoincareDistance(1.0)(embeddings))
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_a_curvature_of_one_element_of_any_shape(shape):
     """Its gradient has that shape."""

@@ -245,6 +245,8 @@ def test_json(tree):
     for labels in (None, np.arange(5), np.array(list("abcde"))):
         labelled = Hierarchy(tree.linkage, labels, tree.proxies, tree.radii)
         assert Hierarchy.from_json(labelled.to_json()) == labelled != Hierarchy(tree.linkage, labels)
+    mixed = np.array([1, "a", 2.5, np.int64(3), True], object)
+    assert Hierarchy.from_json(Hierarchy(tree.linkage, mixed).to_json()).leaf_labels.tolist() == mixed.tolist()
     assert json.loads(tree.to_json())["linkage"][3] == [6, 7, 5, 5]
     random, *_ = random_tree(30, 4)
     assert Hierarchy.from_json(random.to_json()) == random
@@ -304,6 +306,8 @@ def test_bad_queries(tree):
     for node in (-1, 9):
         with pytest.raises(ValueError, match="node must be a whole number from 0 to 8"):
             tree.children(node)
+    with pytest.raises(ValueError, match="node must be a whole number from 0 to 8, got True"):
+        tree.lowest_common_ancestor([True, False, True, False, False])  # a mask
     for arguments in ({}, {"num_groups": 2, "height": 1.0}):
         with pytest.raises(ValueError, match="one of num_groups and height"):
             tree.cut(**arguments)
@@ -428,6 +432,9 @@ def test_init_proxies_with_bad_embeddings_leaves_the_proxies(sized):
     before = loss_func.proxies.detach().clone() if sized else None
     with pytest.raises(ValueError, match="embeddings must be finite"):
         loss_func.init_proxies(torch.full((9, 4), math.nan))
+    loss_func.distance.curvature = math.nan  # as a learnable one that diverged
+    with pytest.raises(ValueError, match="c of the distance must be a finite positive number, got nan"):
+        loss_func.init_proxies(torch.ones(9, 4))
     if sized:
         with pytest.raises(ValueError, match=r"embeddings must have 4 columns, .* got shape \(9, 3\)"):
             loss_func.init_proxies(torch.ones(9, 3))

@@ -931,6 +931,10 @@ def test_bad_input(call, message):
             {"distance": PoincareDistance(c=1.0), "miner": ReciprocalNeighborMiner(num_neighbors=5)},
             r"distances of miner and loss must agree, got PoincareDistance\(c=0.1.* and PoincareDistance\(c=1,",
         ),
+        (
+            {"miner": ReciprocalNeighborMiner(num_neighbors=5, distance=type("Other", (PoincareDistance,), {})())},
+            r"distances of miner and loss must agree, got Other\(c=0.1.* and PoincareDistance\(c=0.1,",
+        ),
         ({"distance": PoincareDistance(power=2)}, "the power of the distance must be 1 for HIERLoss, got 2"),
         ({"unknown": 1}, "unknown"),
     ],

@@ -249,6 +249,34 @@ def test_stored_references_follow_a_curvature_that_learns(library):
     after = knn_func(query, 3)
     assert_nearest(after, query, reference, distance)
     assert not torch.equal(before[0], after[0])
+    with torch.no_grad():
+        ball.isp_c.fill_(torch.nan)
+    with pytest.raises(ValueError, match="c of the distance must be a finite positive number, got nan"):
+        knn_func(query, 3)
+
+
+@pytest.mark.parametrize("change", [{"clip_radius": 10.0}, {"normalize_embeddings": False}])
+def test_stored_references_follow_the_map_onto_the_ball(change):
+    distance, query, reference = PoincareDistance(), torch.randn(5, 4), torch.randn(100, 4)
+    knn_func = PoincareKNN(distance)
+    knn_func.train(reference)
+    before = knn_func(query, 3)
+    for name, value in change.items():
+        setattr(distance, name, value)
+    after = knn_func(query, 3)
+    torch.testing.assert_close(after, PoincareKNN(PoincareDistance(**change))(query, 3, reference))
+    assert not torch.equal(before[0], after[0])
+
+
+def test_references_saved_on_a_gpu_load_on_a_cpu(monkeypatch, tmp_path):
+    reference = torch.randn(10, 4)
+    knn_func = PoincareKNN()
+    knn_func.train(reference)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+    knn_func.save(tmp_path / "references.pt")
+    other = PoincareKNN()
+    other.load(tmp_path / "references.pt")
+    assert_nearest(other(reference, 3), reference, reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -113,6 +113,10 @@ def test_bad_input():
             function(query, 0.1)
     with pytest.raises(ValueError, match="embeddings must be finite, got NaN or infinity in row 1"):
         stored_vectors(torch.tensor([[0.0, 1.0], [0.0, torch.nan]]), distance)
+    lost = PoincareDistance(geoopt.PoincareBall(1.0, learnable=True))
+    lost.curvature.isp_c.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="c of the distance must be a finite positive number, got nan"):
+        stored_vectors(query, lost)
     with pytest.raises(ValueError, match=r"query must have shape \(batch_size, embedding_size\)"):
         query_vectors(query[0], distance)
     for shape in [(3, 5, 8), (2, 5, 10), (3, 10)]:

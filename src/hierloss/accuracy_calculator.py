@@ -63,6 +63,8 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
             labels = [int(label) for label in given]
         except ValueError as error:
             raise ValueError(f"taxonomy must have integer labels: {error}") from None
+        if (largest := max(map(abs, labels))) > 2**24:
+            raise ValueError(f"taxonomy must have labels up to 2**24, because PML's are float32, got {largest}")
         if len(set(labels)) < len(labels):
             raise ValueError("taxonomy must have each label once, but some are the same number, as 1 and 01")
         self._superclasses = dict(zip(labels, np.stack([labels, *levels], 1), strict=True))
@@ -78,12 +80,12 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
         self, knn_labels: Tensor, query_labels: Tensor, reference_labels: Tensor, ref_includes_query: bool,
         **_: Any,
     ) -> Any:  # fmt: skip
-        labels = knn_labels, query_labels, reference_labels
-        found, own, other = (torch.from_numpy(self._taxonomy(values)[..., 1]) for values in labels)
+        own, other = (torch.from_numpy(self._taxonomy(values)[:, 1]) for values in (query_labels, reference_labels))
         counts = pml.get_label_match_counts(own, other, pml.EQUALITY)
         counted = pml.get_lone_query_labels(own, counts, ref_includes_query, pml.EQUALITY)[1]
-        if not counted.any():
+        if not counted.any() or knn_labels.shape[1] == 0:  # PML requests 0 neighbours if no two labels are equal
             return pml.nan_accuracy(counts[0], self.return_per_class)
+        found = torch.from_numpy(self._taxonomy(knn_labels)[..., 1])
         options = self.avg_of_avgs, self.return_per_class, pml.EQUALITY
         return pml.precision_at_k(found[counted], own[counted][:, None], found.shape[1], *options)
 

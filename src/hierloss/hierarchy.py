@@ -332,7 +332,7 @@ class Hierarchy:
 
     def to_json(self) -> str:
         """The tree as JSON, which `from_json` reads back exactly."""
-        return json.dumps(asdict(self), default=np.ndarray.tolist)
+        return json.dumps(asdict(self), default=operator.methodcaller("tolist"))
 
     @classmethod
     def from_json(cls, text: str) -> "Hierarchy":
@@ -346,12 +346,14 @@ class Hierarchy:
         fields, expected = json.loads(text), cls.__dataclass_fields__
         if not isinstance(fields, dict) or set(fields) != set(expected):
             raise ValueError(f"text must be a JSON object with the fields {sorted(expected)}, as of to_json")
+        if len(set(map(type, fields["leaf_labels"] or ()))) > 1:  # NumPy would make texts of all of them
+            fields["leaf_labels"] = np.array(fields["leaf_labels"], object)
         return cls(**fields)
 
     def _node(self, node: Any) -> int:
         """The node as a Python number; an error if there is no such node."""
         try:
-            number = operator.index(node)  # of tensors too
+            number = -1 if isinstance(node, bool) else operator.index(node)  # of tensors too
         except TypeError:
             number = -1
         if not 0 <= number < self.num_nodes:

@@ -74,7 +74,10 @@ class ReciprocalNeighborMiner(BaseMiner):  # type: ignore[misc]
     def check_distance(self, distance: PoincareDistance) -> None:
         """Raise if this miner uses another ball than the distance of a loss."""
         own, names = self.distance, ("curvature", "clip_radius", "normalize_embeddings")
-        if isinstance(own, PoincareDistance) and any(getattr(own, n) != getattr(distance, n) for n in names):
+        if isinstance(own, PoincareDistance) and (
+            type(own) not in (PoincareDistance, type(distance))
+            or any(getattr(own, n) != getattr(distance, n) for n in names)
+        ):
             raise ValueError(
                 f"the distances of miner and loss must agree, got {own} and {distance}; "
                 "pass the same distance= to both"

@@ -50,8 +50,9 @@ def plot_embeddings(
     r"""Draw embeddings, and the proxies of a loss, on the Poincaré disk.
 
     Radii are exact: the hyperbolic distances from the origin. Angles are those of the tangent vectors, minus
-    their mean, in the plane of the two principal axes (of the class means, if there are labels). So distances
-    between points are not preserved. Circles are labelled with their distances; the clip radius is dashed.
+    their mean, in the plane of the two principal axes (of the class means, if there are three or more). So
+    distances between points are not preserved. Circles are labelled with their distances; the clip radius is
+    dashed.
 
     Args:
         embeddings: shape ``(N, D)``, as they go into the loss.
@@ -75,11 +76,12 @@ def plot_embeddings(
         on_ball.append(distance.normalize(proxies))
     tangents = [poincare.log_map0(x.detach().double(), distance.c).detach().cpu().numpy() for x in on_ball]
     points, every = tangents[0], np.concatenate(tangents)
-    means = points if labels is None else np.stack([points[index == g].mean(0) for g in range(len(groups))])
+    means = points if len(groups) < 3 else np.stack([points[index == g].mean(0) for g in range(len(groups))])
     center, root = means.mean(0), math.sqrt(poincare.as_number(distance.c))
     axes = np.linalg.svd(np.pad(means - center, ((0, 1), (0, 1))), full_matrices=False)[2][:2, :-1]
     axes *= np.sign(np.take_along_axis(axes, abs(axes).argmax(1)[:, None], 1))  # the SVD's own sign is arbitrary
     flat, norms = (every - center) @ axes.T, np.linalg.norm(every, axis=1, keepdims=True)
+    flat[np.linalg.norm(flat, axis=1) <= 1e-9 * norms.max()] = 1, 0  # a direction for what has none
     xy = np.tanh(root * norms) * flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
 
     ax = _new_axes(7, 7.5) if ax is None else ax

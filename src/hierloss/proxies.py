@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import poincare
+from ._checks import check_number
 from .distances import PoincareDistance
 
 
@@ -41,6 +42,7 @@ def random_proxies(count: int, size: int, distance: PoincareDistance, device: to
 
 def proxies_from_data(count: int, embeddings: Tensor, distance: PoincareDistance) -> Tensor:
     """Clipped embeddings, drawn without replacement as long as there are enough, times factors of U(0, 1)."""
+    check_number("c of the distance", poincare.as_number(distance.c))
     v = embeddings if distance.normalize_embeddings else poincare.log_map0(embeddings, distance.c)
     rounds = -(-count // len(v))
     chosen = torch.cat([torch.randperm(len(v), device=v.device) for _ in range(rounds)])[:count]

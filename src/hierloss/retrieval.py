@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import poincare
-from ._checks import check_count, check_finite
+from ._checks import check_count, check_finite, check_number
 from .distances import PoincareDistance
 
 Found = tuple[Tensor, Tensor, Tensor]  # distances (N, k), indices (N, k), whether they are proved correct (N,)
@@ -66,7 +66,7 @@ class PoincareKNN:
         self.distance = distance
         self._index = index
         self._embeddings: Tensor | None = None
-        self._prepared: _References | None = None
+        self._prepared: dict[Any, _References] = {}
 
     @torch.no_grad()
     def __call__(
@@ -97,14 +97,16 @@ class PoincareKNN:
         if k > most:
             besides = " besides the query itself" if ref_includes_query else ""
             raise ValueError(f"k must be at most {most}, the number of references{besides}, got {k}")
-        c = float(self.distance.c)
-        prepared = self._prepared if reference is None else None
-        # A learnable curvature changes, and queries can come from another device.
-        if prepared is None or prepared.c != c or prepared.points.device != query.device:
-            prepared = _References(_by_rows(self._on_unit_ball, embeddings.to(query.device)), c, self._index)
+        c = check_number("c of the distance", poincare.as_number(self.distance.c))
+        # The map onto the ball can change, a learnable curvature for instance, and the device of the queries.
+        key = c, self.distance.clip_radius, self.distance.normalize_embeddings, query.device
+        prepared = self._prepared if reference is None else {}
+        if key not in prepared:
+            points = _by_rows(self._on_unit_ball, embeddings.to(query.device))
+            prepared = {key: _References(points, c, self._index)}
         if reference is None:
             self._prepared = prepared
-        distances, indices = prepared.nearest(_by_rows(self._on_unit_ball, query), k + ref_includes_query)
+        distances, indices = prepared[key].nearest(_by_rows(self._on_unit_ball, query), k + ref_includes_query)
         distances = distances.to(poincare.result_dtype(query, embeddings))
         # Imported here: PML's module imports FAISS, which is slow.
         from pytorch_metric_learning.utils.inference import return_results
@@ -119,13 +121,13 @@ class PoincareKNN:
     def train(self, embeddings: Tensor) -> None:
         """Store references ``(M, D)``, in place of those stored before."""
         check_finite("embeddings", embeddings)
-        self._embeddings, self._prepared = embeddings.detach().clone(), None
+        self._embeddings, self._prepared = embeddings.detach().clone(), {}
 
     def add(self, embeddings: Tensor) -> None:
         """Store more references ``(M, D)``, behind those stored before."""
         check_finite("embeddings", embeddings)
         stored = [] if self._embeddings is None else [self._embeddings]
-        self._embeddings, self._prepared = torch.cat([*stored, embeddings.detach()]), None
+        self._embeddings, self._prepared = torch.cat([*stored, embeddings.detach()]), {}
 
     def save(self, filename: str | PathLike[str]) -> None:
         """Write the stored references to a file."""
@@ -135,7 +137,7 @@ class PoincareKNN:
 
     def load(self, filename: str | PathLike[str]) -> None:
         """Store the references that `save` wrote, in place of those stored before."""
-        self.train(torch.load(filename, weights_only=True))
+        self.train(torch.load(filename, "cpu", weights_only=True))
 
 
 class _References:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import poincare
-from ._checks import check_finite
+from ._checks import check_finite, check_number
 from .distances import PoincareDistance
 
 __all__ = ["query_vectors", "rerank", "stored_vectors"]
@@ -85,5 +85,6 @@ def _points(name: str, embeddings: Tensor, distance: PoincareDistance) -> Tensor
     if not isinstance(distance, PoincareDistance):
         raise TypeError(f"distance must be a PoincareDistance, got {type(distance).__name__}")
     check_finite(name, embeddings)
+    check_number("c of the distance", poincare.as_number(distance.c))
     points: Tensor = distance.maybe_normalize(embeddings, dim=-1)
     return points
