@@ -110,6 +110,7 @@ def peak_memory(**settings: Any) -> float:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_memory, args=(sender, settings))
     process.start()
+    del os.environ["MALLOC_MMAP_THRESHOLD_"]
     process.join()
     if process.exitcode != 0:
         raise MemoryError(f"the process that measured memory ended with exit code {process.exitcode}: {settings}")

@@ -161,4 +161,4 @@ def test_no_two_labels_are_equal():
 def test_label_without_superclass():
     calculator = HierarchicalAccuracyCalculator({0: 0, 1: 0}, include=SCORES[:1], k=1, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"a superclass for each label, got none for \[2, 3\]"):
-        calculator.get_accuracy(torch.randn(4, 3), torch.arange(4))
+        calculator.get_accuracy(torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]]), torch.arange(4))

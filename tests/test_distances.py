@@ -238,6 +238,7 @@ def test_half_precision_and_autocast(dtype):
         actual = PoincareDistance()(v)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+    assert PoincareDistance()(v, v.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ All checks of one number of processes share one start, distributed_worker.py; he
 """
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,14 +33,19 @@ def torchrun(world_size, what, folder, worker=WORKER.name):
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
-        start_new_session=True,
     )
-    try:
-        log, _ = process.communicate(timeout=500)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # torchrun and its workers, all in this session
-        raise
+    log, _ = outputs(process)
     return process.returncode, log
+
+
+def outputs(process):
+    """What a process wrote. If it hangs, it is asked to end: torchrun then ends its workers too."""
+    try:
+        return process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.communicate()
+        raise
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning import losses
+from test_distributed import outputs
 
 from hierloss import Hierarchy, HIERLoss
 
@@ -26,9 +27,10 @@ NEEDS = {"accelerate_loop.py": "accelerate", "lightning_module.py": "lightning",
 
 def run(name, *arguments, folder, launch=()):
     command = [sys.executable, *launch, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    printed, errors = outputs(process)
+    assert process.returncode == 0, errors
+    return printed
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Scores: against scikit-learn, and definitions written out."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -150,6 +151,10 @@ def test_the_diagonal_is_not_used():
     for score in (metrics.hierarchical_average_precision, metrics.hierarchical_recall_at_k):
         assert score(masked, taxonomy) == score(distances, taxonomy)
     assert masked[0, 0] == np.inf
+
+
+def test_recall_without_another_superclass():
+    assert math.isnan(metrics.hierarchical_recall_at_k(np.ones((3, 3)), [[0, 7], [1, 7], [2, 7]])[0])
 
 
 def test_bad_rankings():

@@ -40,6 +40,9 @@ def test_riemannian_gradient():
     upstream = (1 - 0.3 * x.square().sum(1, keepdim=True)) ** 2 / 4
     torch.testing.assert_close(scaled, jacobian(upstream.expand_as(x))[0], rtol=1e-4, atol=1e-6)
     assert not torch.allclose(scaled, plain)
+    c = torch.tensor(0.3, requires_grad=True)
+    (grad,) = torch.autograd.grad(poincare.riemannian_gradient(v, c).square().sum(), v, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), c, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("module", [ToPoincare, FromPoincare])
@@ -76,4 +79,7 @@ def test_repr():
         repr(ToPoincare(riemannian_gradient=True))
         == "ToPoincare(c=0.1, clip_radius=2.3, riemannian_gradient=True)"
     )
-    assert repr(FromPoincare(0.2)) == "FromPoincare(c=0.2)"
+    assert [repr(module) for module in (FromPoincare(0.2), FromPoincare())] == [
+        "FromPoincare(c=0.2)",
+        "FromPoincare(c=0.1)",
+    ]

@@ -123,7 +123,7 @@ def test_a_copy_made_in_a_block_has_no_features(embeddings, features):
 
 
 def test_each_thread_has_its_own(embeddings):
-    hier, barrier = make_hier(), threading.Barrier(3)
+    hier, barrier = make_hier(), threading.Barrier(3, timeout=60)
     of_threads = torch.randn(2, B, 4)
 
     def work(features):

@@ -104,6 +104,16 @@ def test_embeddings_already_on_the_ball_are_drawn_where_they_are():
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_embeddings_circles_are_at_their_distances():
+    ax = plotting.plot_embeddings(torch.randn(5, 3))
+    (clip,) = [line for line in ax.lines if line.get_linestyle() == "--"]
+    np.testing.assert_allclose(np.hypot(*clip.get_data()), math.tanh(math.sqrt(0.1) * 2.3))
+    assert ax.texts
+    for text in ax.texts:
+        expected = math.tanh(math.sqrt(0.1) * float(text.get_text()) / 2)
+        assert text.get_position()[1] == pytest.approx(expected)
+
+
 def test_embeddings_legend_and_axes():
     _, ax = plt.subplots()
     embeddings, labels = torch.randn(30, 3), torch.arange(30) % 3 + 5
@@ -190,6 +200,10 @@ def test_disk_names_and_images():
     for box, leaf in zip(boxes, range(12), strict=True):
         assert int(np.asarray(box.offsetbox.get_data())[0, 0]) == int(leaf * 255 / 11)
     assert all(0 < np.hypot(*box.xy) < ax.get_xlim()[1] for box in boxes)
+    pair_of_pairs = Hierarchy([[0, 1, 1, 2], [2, 3, 2, 2], [4, 5, 3, 4]])
+    ax = plotting.plot_disk(pair_of_pairs, images=images[:4].astype(np.uint8), max_leaves=2)
+    boxes = [artist.offsetbox.get_data() for artist in ax.artists if isinstance(artist, AnnotationBbox)]
+    assert [int(np.asarray(box)[0, 0]) for box in boxes] == [0, 2]  # the first of each branch
 
 
 def test_class_leaves_are_named_and_coloured_by_superclass():
@@ -423,7 +437,7 @@ def browser(tmp_path_factory):
     options.binary_location = chromium
     for argument in [
         *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
-        *("--disable-component-update", "--disable-sync", "--window-size=1200,900"),
+        *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1200,900"),
         f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
     ]:
         options.add_argument(argument)

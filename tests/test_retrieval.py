@@ -330,13 +330,13 @@ def test_an_approximate_index_finds_most_and_orders_exactly(index):
 
 
 def test_an_index_that_finds_too_few_is_made_up_for():
-    """Ten lists of 20 references each, of which one is searched: not 30."""
+    """Ten lists of about 20 references, of which one is searched: not 180."""
 
     def index(size):
         return faiss.index_factory(size, "IVF10,Flat", faiss.METRIC_INNER_PRODUCT)
 
     query, reference = torch.randn(20, 4), torch.randn(200, 4)
-    found = PoincareKNN(index=index)(query, 60, reference)
+    found = PoincareKNN(index=index)(query, 180, reference)
     assert_nearest(found, query, reference)
 
 

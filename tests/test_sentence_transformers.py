@@ -70,6 +70,13 @@ def raw_embeddings(model, texts):
     return model[0](model.preprocess(texts))["sentence_embedding"]
 
 
+def test_several_processes_are_refused(model, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="needs one process"):
+        make_loss(model)[0]([model.preprocess(TEXTS[:24])], torch.tensor(LABELS[:24]))
+
+
 def test_layers_behind_normalize_are_trained(model):
     model.append(Dense(8, 4))
     PMLLoss(model, losses.SupConLoss())([model.preprocess(TEXTS[:24])], torch.tensor(LABELS[:24])).backward()

@@ -43,13 +43,13 @@ def test_a_run_killed_at_any_step_resumes_bit_for_bit(tmp_path):
             [sys.executable, "-W", "ignore", WORKER, tmp_path], stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    last = random.randrange(1, STEPS - 1)
+    last = random.randrange(1, STEPS // 2)  # it ends by itself soon after the last step
     with worker() as killed:
         for line in killed.stdout:
             if int(line) == last:
                 killed.kill()
                 break
-    assert killed.returncode == -9
+    assert killed.returncode == -9, last
     with worker() as resumed:
         steps = [int(line) for line in resumed.stdout]
     assert resumed.returncode == 0

@@ -74,7 +74,7 @@ def test_stores_find_the_exact_neighbors(store, distance, data, scale, farthest,
 def test_scores_alone_are_not_in_the_order_of_distances():
     """Why there is `rerank`. If this fails, the module may become shorter."""
     distance = PoincareDistance()
-    query, references = clusters(2.0)
+    query, references = clusters(9.0)
     scores = query_vectors(query, distance) @ stored_vectors(references, distance).T
     assert not torch.equal(scores.topk(K).indices, PoincareKNN(distance)(query, K, references)[1])
 
@@ -104,6 +104,7 @@ def test_points_of_the_ball_and_half_precision():
     torch.testing.assert_close(distances, expected[0], rtol=1e-6, atol=1e-6)
     for array in (candidates.numpy(), candidates.flip(0).numpy()[::-1]):
         assert torch.equal(rerank(points[:3], array, distance)[1], order)
+    assert rerank(points[:3].double(), candidates, distance)[0].dtype == torch.float64
 
 
 def test_bad_input():

@@ -80,7 +80,9 @@ class HierarchicalAccuracyCalculator(pml.AccuracyCalculator):  # type: ignore[mi
         self, knn_labels: Tensor, query_labels: Tensor, reference_labels: Tensor, ref_includes_query: bool,
         **_: Any,
     ) -> Any:  # fmt: skip
-        own, other = (torch.from_numpy(self._taxonomy(values)[:, 1]) for values in (query_labels, reference_labels))
+        own, other = (
+            torch.from_numpy(self._taxonomy(values)[:, 1]) for values in (query_labels, reference_labels)
+        )
         counts = pml.get_label_match_counts(own, other, pml.EQUALITY)
         counted = pml.get_lone_query_labels(own, counts, ref_includes_query, pml.EQUALITY)[1]
         if not counted.any() or knn_labels.shape[1] == 0:  # PML requests 0 neighbours if no two labels are equal
