@@ -35,6 +35,7 @@ class PoincareKNN:
 
     Args:
         distance: a `PoincareDistance`, for its curvature and its map onto the ball. Its ``power`` is not applied.
+            Stored references follow changes of its attributes. If a subclass has others, call `train` again.
         index: an index of FAISS for approximate search: a factory string such as ``"HNSW32"``, or a function from
             the number of dimensions to an index by inner product. Candidates are sorted by exact distances.
 
