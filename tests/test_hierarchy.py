@@ -171,7 +171,8 @@ def test_place_goes_up_from_the_nearest_leaf_to_a_node_as_high_as_the_distance(t
 def test_immutable(tree, clone):
     original, tree = tree, clone(tree)
     assert tree == original
-    for array in (tree.linkage, tree.parents, tree.heights, tree.proxies, tree.radii, tree.sizes, tree.spans):
+    arrays = ["linkage", "parents", "heights", "proxies", "radii", "sizes", "leaf_order", "spans"]
+    for array in (getattr(tree, name) for name in arrays):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
     with pytest.raises(AttributeError):

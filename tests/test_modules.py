@@ -27,6 +27,14 @@ def test_from_poincare_inverts_it():
     torch.testing.assert_close(FromPoincare(c=0.3)(ToPoincare(c=0.3)(v)), v, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("c", [0.1, 10.0])
+def test_the_largest_norm_in_float32(c):
+    """docs/numerics.md: about 7.6 / sqrt(c)."""
+    far = torch.full((1, 4), 100.0 / c**0.5)
+    back = FromPoincare(c)(ToPoincare(c, clip_radius=None)(far))
+    assert float(back.norm()) * c**0.5 == pytest.approx(7.6, abs=0.1)
+
+
 def test_riemannian_gradient():
     grads = []
     for option in (False, True):

@@ -79,7 +79,7 @@ def test_embeddings_without_a_direction_keep_their_distance_too():
     generator = torch.Generator().manual_seed(0)
     middle = torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, -1, 0]])
     of_one_class = torch.randn(20, 6, generator=generator) * torch.tensor([0, 0, 1, 1, 1, 1])
-    for embeddings in (torch.ones(5, 3), torch.ones(1, 3), middle, of_one_class):
+    for embeddings in (torch.ones(5, 3), torch.ones(1, 3), middle, of_one_class, 1e-20 * middle):
         points = drawn_points(plotting.plot_embeddings(embeddings, torch.zeros(len(embeddings))))[0]
         expected = PoincareDistance().normalize(embeddings).norm(dim=1) * math.sqrt(0.1)
         np.testing.assert_allclose(np.linalg.norm(points, axis=1), expected, rtol=1e-6)

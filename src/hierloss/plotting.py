@@ -82,7 +82,7 @@ def plot_embeddings(
     axes *= np.sign(np.take_along_axis(axes, abs(axes).argmax(1)[:, None], 1))  # the SVD's own sign is arbitrary
     flat, norms = (every - center) @ axes.T, np.linalg.norm(every, axis=1, keepdims=True)
     flat[np.linalg.norm(flat, axis=1) <= 1e-9 * norms.max()] = 1, 0  # a direction for what has none
-    xy = np.tanh(root * norms) * flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
+    xy = np.tanh(root * norms) * flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
     ax = _new_axes(7, 7.5) if ax is None else ax
     _draw_points(ax, xy[: len(index)], index, groups, np.full(len(index), 14), alpha=0.75)
