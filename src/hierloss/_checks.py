@@ -53,7 +53,8 @@ def check_curvature(c: Any) -> "float | geoopt.PoincareBall":
 
 def current_c(curvature: "float | geoopt.PoincareBall") -> float | Tensor:
     """The number, or the present value of the ball's tensor."""
-    return curvature if isinstance(curvature, float | int) else curvature.c
+    # Not float | int, which torch 2.7 cannot compile.
+    return curvature if isinstance(curvature, (float, int)) else curvature.c
 
 
 def check_embeddings(name: str, embeddings: Tensor, width: int | None = None) -> None:
