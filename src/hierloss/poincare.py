@@ -33,7 +33,7 @@ __all__ = [
     "to_hyperboloid",
 ]
 
-_CHUNK_CELLS = 2**19  # of a distance matrix, processed at a time: 4 MB in float64
+_CHUNK_CELLS = 2**18  # of a distance matrix, processed at a time on a CPU: 2 MB in float64; twice on a GPU
 
 
 def boundary_eps(dtype: torch.dtype) -> float:
@@ -254,19 +254,20 @@ class _PairwiseDistance(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, y, diameter, out = ctx.saved_tensors
         grad_x, grad_y, grad_diameter = [], 0, torch.zeros_like(diameter)
-        fy = _lorentz_factor(y).square()
+        fy2 = _lorentz_factor(y).square()
+        scaled_y = torch.cat([fy2 * y, fy2], -1)
         for rows, grad_rows, out_rows in _row_chunks(y.shape[-2], x, grad, out):
             g, half = grad_rows.to(x.dtype), out_rows.to(x.dtype) / diameter
-            # The derivative by |x-y| gives w (x - y); that by fx gives t / fx, and dfx/dx = fx^3 x.
-            r, f = half.sinh(), _lorentz_factor(rows).square()
-            slope = g * diameter / half.cosh()
-            t = slope * r
-            w = slope / r.masked_fill(r == 0, math.inf) * f * fy.mT
-            grad_x.append((w.sum(-1, keepdim=True) + t.sum(-1, keepdim=True) * f) * rows - w @ y)
-            grad_y = grad_y + ((w.sum(-2).unsqueeze(-1) + t.sum(-2).unsqueeze(-1) * fy) * y - w.mT @ rows)
+            # Divided by the diameter, the derivative by |x-y| gives fx^2 fy^2 w (x - y); that by fx gives t / fx,
+            # and dfx/dx = fx^3 x.
+            fx2, t = _lorentz_factor(rows).square(), g * half.tanh()
+            w = 2 * g / (2 * half).sinh().masked_fill(half == 0, math.inf)
+            wy, wx = w @ scaled_y, w.mT @ torch.cat([fx2 * rows, fx2], -1)
+            grad_x.append(fx2 * ((wy[..., -1:] + t.sum(-1, keepdim=True)) * rows - wy[..., :-1]))
+            grad_y = grad_y + fy2 * ((wx[..., -1:] + t.sum(-2).unsqueeze(-1)) * y - wx[..., :-1])
             if ctx.needs_input_grad[2]:
                 grad_diameter = grad_diameter + (g * half).sum()
-        return torch.cat(grad_x, -2), grad_y, grad_diameter, None
+        return diameter * torch.cat(grad_x, -2), diameter * grad_y, grad_diameter, None
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -276,7 +277,8 @@ def _largest(x: Tensor) -> Tensor:
 
 def _row_chunks(width: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """The rows of all tensors, as many at a time as `_CHUNK_CELLS` allows for a result of this width."""
-    rows = max(1, _CHUNK_CELLS // max(1, width))
+    cells = _CHUNK_CELLS if tensors[0].device.type == "cpu" else 2 * _CHUNK_CELLS
+    rows = max(1, cells // max(1, width))
     return list(zip(*(tensor.split(rows, -2) for tensor in tensors), strict=True))
 
 
