@@ -32,7 +32,7 @@ def main() -> None:
         show("ProxyAnchor and HIER", speed.cost_of_options(args.device, 2 * args.repeats))
         show("Where the time of hierloss goes", speed.breakdown(args.device))
         if device.type == "cpu":
-            show("How far the limit is", speed.limit(rows[-1]["median ms"]))
+            show("How far the limit is", speed.limit(rows))
             show("Added to the import of PML", speed.import_time(args.repeats))
         write(f"speed{suffix}", device, rows, None, args.output)
     if "steps" in args.names:

@@ -54,11 +54,12 @@ def added(name: str, network: nn.Module, batch: Tensor, repeats: int) -> list[di
     steps = {WITHOUT: make_step(network, batch, labels, losses.ProxyAnchorLoss(len(batch) // 5, size))}
     forms: dict[str, dict[str, Any]] = {f"{count} proxies": {"num_proxies": count} for count in NUM_PROXIES}
     many = f"{NUM_PROXIES[-1]} proxies"
+    torch.compiler.reset()  # code compiled for several sizes is slower
     if device == "cuda":
-        torch.compiler.reset()  # code compiled for several sizes is slower
         forms |= {f"{many}, first": forms[many], f"{many}, compiled": forms[many]}
         forms[f"{many}, compiled, first"] = forms[many]
     else:
+        forms[f"{many}, compiled"] = forms[many]
         forms[f"{many}, 10 triplets each"] = forms[many] | {
             "proxy_miner": ReciprocalNeighborMiner(triplets_per_anchor=10)
         }

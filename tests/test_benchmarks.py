@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from conditions import needs_compiler
 
 from benchmarks import distances, hierarchy, plain, search, speed, steps
 
@@ -61,12 +62,15 @@ def test_both_forms_agree_on_average():
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_faster_and_smaller_than_the_plain_form():
     """docs/performance.md says how much; here, on a machine that may be busy, half of what is asked for."""
-    plain_row, own_row = speed.compare("cpu", 2, batch=180, dim=128, proxies=512, triplets=20)
+    plain_row, own_row, compiled_row = speed.compare("cpu", 2, batch=180, dim=128, proxies=512, triplets=20)
     assert plain_row["form"] == "plain"
     assert own_row["times faster"] > 5
     assert own_row["times smaller"] > 10
+    assert compiled_row["times faster"] > 8
+    assert compiled_row["times smaller"] > 10
 
 
 @pytest.mark.slow
@@ -77,17 +81,21 @@ def test_memory_does_not_grow_with_triplets_times_proxies():
     assert many - few < 60
 
 
+@pytest.mark.slow
+@needs_compiler
 def test_what_is_added_to_a_network():
     """A network so small that the loss is most of the step."""
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8))
-    without, few, many, fewer_triplets = rows = steps.added("tiny", network, torch.randn(40, 3, 2, 2), 3)
+    without, few, many, compiled, fewer_triplets = rows = steps.added("tiny", network, torch.randn(40, 3, 2, 2), 3)
     assert [row["step"] for row in rows] == [
         "tiny, no HIER",
         "tiny, 64 proxies",
         "tiny, 512 proxies",
+        "tiny, 512 proxies, compiled",
         "tiny, 512 proxies, 10 triplets each",
     ]
     assert without["added %"] == 0
+    assert compiled["added %"] > 50
     assert many["added %"] > fewer_triplets["added %"] > few["added %"] > 50
     assert few["least %"] <= few["added %"] <= few["most %"]
 

@@ -2,16 +2,17 @@
 
 import copy
 import pickle
-import shutil
 
 import pytest
 import torch
+from conditions import TORCH_CAN_COMPILE, needs_compiler
 from pytorch_metric_learning import losses
+from torch._dynamo.utils import counters
 
 from hierloss import HIERLoss, functional, poincare
 
 pytestmark = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7),
+    not TORCH_CAN_COMPILE,
     reason="torch 2.3 and 2.5 cannot trace its autograd functions; compiled by 2.6, some values differ",
 )
 
@@ -26,6 +27,12 @@ def values_and_gradients(function, *inputs):
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch.compiler.reset()
+
+
+@pytest.fixture
+def fixed_shapes(monkeypatch):
+    """The shapes that a compiler and a GPU need, and so the same random numbers."""
+    monkeypatch.setattr(functional, "shapes_may_depend_on_values", lambda _: False)
 
 
 def functional_core(drawn):
@@ -89,6 +96,7 @@ def test_batches_of_other_sizes():
         assert compiled(torch.randn(size, 8), torch.arange(size) % 5).isfinite()
 
 
+@pytest.mark.usefixtures("fixed_shapes")
 def test_features_for_neighbours_in_one_graph():
     """They are looked up outside: the number of a thread cannot be traced."""
     embeddings, features = torch.randn(30, 8, requires_grad=True), torch.randn(30, 5)
@@ -100,6 +108,7 @@ def test_features_for_neighbours_in_one_graph():
         torch.testing.assert_close(hier(embeddings), expected)
 
 
+@pytest.mark.usefixtures("fixed_shapes")
 def test_the_method_in_one_graph_beside_a_ratio():
     """Also, it keeps the checks and warnings of eager mode."""
     embeddings, labels = torch.randn(30, 8, requires_grad=True), torch.arange(30) % 6
@@ -118,6 +127,7 @@ def test_the_method_in_one_graph_beside_a_ratio():
         hier(embeddings, labels)
 
 
+@pytest.mark.usefixtures("fixed_shapes")
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_is_not_compiled(clone):
     calls = []
@@ -136,7 +146,37 @@ def test_a_copy_is_not_compiled(clone):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="inductor needs a C compiler")
+@needs_compiler
+@pytest.mark.parametrize("training", [False, True])
+def test_on_a_cpu(training, monkeypatch):
+    """The work on chunks is compiled. Values in eval mode stay, and averages over random numbers in training."""
+    monkeypatch.setattr(functional, "_CHUNK_CELLS", 32 * 125)  # several chunks
+    torch.manual_seed(0)
+    hier = HIERLoss(32, 8, gradient_ratio=None).train(training)
+    embeddings, labels = torch.randn(30, 8, requires_grad=True), torch.arange(30) % 6
+
+    def sample():
+        both = [torch.autograd.grad(hier(embeddings, labels), [embeddings, hier.proxies]) for _ in range(300)]
+        return torch.stack([torch.cat([own.flatten() for own in gradients]) for gradients in both])
+
+    expected = sample()
+    kernels, compile_kernel = set(), functional._compile
+    monkeypatch.setattr(functional, "_compile", lambda kernel: kernels.add(kernel) or compile_kernel(kernel))
+    hier.compile(mode="reduce-overhead")
+    counters.clear()
+    actual = sample()
+    assert kernels == {functional._soft_gradients, *([functional._group_weights] if training else [])}
+    assert counters["stats"]["unique_graphs"] >= len(kernels)  # of Dynamo
+    assert not counters["graph_break"]
+    if training:
+        error = ((actual.var(0) + expected.var(0)) / len(actual)).sqrt()
+        assert ((actual - expected).mean(0) / error).abs().max() < 4.5
+    else:
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_inductor():
     """The default backend, on the core with given noise: it draws random numbers of its own."""
     mean, distances = functional_core(drawn=False)

@@ -9,7 +9,9 @@ Conventions of this file
 Source: Kim, Jeong, Kwak, "HIER" (CVPR 2023), https://arxiv.org/abs/2212.14258, sections 3.2 and 3.3.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +27,13 @@ _CHUNK_CELLS = 2**18  # of a (triplets, proxies) array at a time on a CPU: about
 # On an accelerator, a kernel launch costs more than a cache miss; a compiler unrolls the loop over chunks. One
 # chunk holds the 50 * (180 + 512) triplets of a batch of 180 with 512 proxies.
 _CHUNK_CELLS_FUSED = 18 * 2**20
+_FORWARD_CHUNK, _BACKWARD_CHUNK = 16, 4  # times as large if compiled, on a CPU: fewer arrays are kept
+_GROUP_SIZE = 16  # at most, proxies of a group: compiled code draws a group first
 _WEIGHTS_SPAN = 140  # weights are between e^-70 and e^70, so that sums and products with noise fit float32 too
 _TABLE_SIZE = 2**18  # exponential variables that triplets share, where more would be needed
+
+# When first used: the import of the compiler is slow.
+_compile: Callable[..., Any] = functools.cache(torch.compile)
 
 
 @torch.no_grad()
@@ -143,6 +150,7 @@ def hierarchical_triplet_loss(
     margin: float = 0.1,
     temperature: float = 0.1,
     noise: Tensor | None = None,
+    compiled: bool = False,
 ) -> HierarchicalTripletLoss:
     r"""The loss of every triplet, low if the ancestor of the pair is nearer to it than the ancestor of all three.
 
@@ -166,6 +174,8 @@ def hierarchical_triplet_loss(
         temperature: :math:`\tau`, positive.
         noise: Gumbel noise of shape ``(2, T, P)`` for the two draws. Zeros choose the most probable ancestor, and
             -inf excludes a proxy.
+        compiled: compile the work on triplets by `torch.compile`, on a CPU only; needs a C++ compiler. It is
+            fastest if 16 divides ``P``.
 
     Returns:
         `HierarchicalTripletLoss` of ``losses`` ``(T,)``, differentiable once, and ``ancestors`` ``(2, T)``.
@@ -196,27 +206,25 @@ def hierarchical_triplet_loss(
     # Half precision has too few digits for weights that are exponentials.
     distances = distances.to(torch.promote_types(distances.dtype, torch.float32)).contiguous()
     noise = None if noise is None else noise.to(distances.dtype)
-    losses, ancestors, _ = _HierarchicalTripletLoss.apply(distances, indices, margin, temperature, noise)
+    compiled = compiled and shapes_may_depend_on_values(distances)
+    losses, ancestors, _ = _HierarchicalTripletLoss.apply(distances, indices, margin, temperature, noise, compiled)
     return HierarchicalTripletLoss(losses, ancestors)
 
 
 class _HierarchicalTripletLoss(torch.autograd.Function):
     @staticmethod
-    def forward(distances, triplets, margin, temperature, noise):  # type: ignore[no-untyped-def]
+    def forward(distances, triplets, margin, temperature, noise, compiled):  # type: ignore[no-untyped-def]
         scores, are_weights = _scores(distances, temperature, noise)
         chunks = []
-        for here in _chunks(triplets.shape[1], distances):
-            i, j, k = embedding(triplets[:, here], scores)
-            pair = torch.minimum(i, j)
-            both = (pair, torch.minimum(pair, k))
-            if noise is not None:
-                chunks.append(torch.stack(both).add_(noise[:, here]).argmax(-1))
+        for here in _chunks(triplets.shape[1], distances, _FORWARD_CHUNK if compiled and noise is None else 1):
+            if noise is None:
+                chunks.append(_draw(triplets[:, here].contiguous(), scores, are_weights, compiled))
             else:
-                weights = both if are_weights else [score.softmax(-1) for score in both]
-                chunks.append(torch.stack([_inverse_cdf(own) for own in weights]))
+                both = _set_scores(*embedding(triplets[:, here], scores))
+                chunks.append(torch.stack(both).add_(noise[:, here]).argmax(-1))
         ancestors = torch.cat(chunks, 1)
         cells = triplets.unsqueeze(1) * distances.shape[1] + ancestors
-        near, far = distances.view(-1)[cells].unbind(1)
+        near, far = embedding(cells, distances.view(-1, 1)).squeeze(-1).unbind(1)  # faster than indexing
         gap = near - far
         gap[2].neg_()
         # The last term is NaN if any distance is not finite: the draws are then meaningless, so the loss is NaN.
@@ -228,69 +236,50 @@ class _HierarchicalTripletLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        distances, triplets, _, ctx.temperature, noise = inputs
+        distances, triplets, _, ctx.temperature, noise, ctx.compiled = inputs
         ctx.save_for_backward(distances, triplets, noise, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx, grad_losses, *_):  # type: ignore[no-untyped-def]
-        return _Gradient.apply(grad_losses, ctx.temperature, *ctx.saved_tensors), None, None, None, None
+        grad = _Gradient.apply(grad_losses, ctx.temperature, ctx.compiled, *ctx.saved_tensors)
+        return grad, None, None, None, None, None
 
 
 class _Gradient(torch.autograd.Function):
     """The gradient with respect to the distances, which has no derivative itself."""
 
     @staticmethod
-    def forward(grad_losses, temperature, distances, triplets, noise, ancestors, terms):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        grad_losses, temperature, compiled, distances, triplets, noise, ancestors, terms
+    ):
         # The gradient with respect to d(., rho_ij), for i, j and k; that of d(., rho_ijk) is the opposite.
         slopes = ~(terms <= 0) * grad_losses  # NaN must propagate
         slopes[2].neg_()
         kept = torch.arange(slopes.shape[1], device=slopes.device)
         if shapes_may_depend_on_values(slopes):
             kept = slopes.any(0).nonzero().squeeze(1)
-            triplets, ancestors, slopes = triplets[:, kept], ancestors[:, kept], slopes[:, kept]
+            triplets, ancestors, slopes = (part.index_select(1, kept) for part in (triplets, ancestors, slopes))
 
         grad = torch.zeros_like(distances)
         cells = (triplets.unsqueeze(1) * distances.shape[1] + ancestors).flatten()
         grad.view(-1).index_add_(0, cells, torch.stack([slopes, -slopes], 1).flatten())
         scores, are_weights = _scores(distances, temperature, noise)
         logits = distances / -temperature if are_weights else scores
-        # On a CPU, random numbers for all cells would take much of the time.
-        many = ancestors.numel() * distances.shape[1] > _TABLE_SIZE
-        table = None
-        if many and noise is None and shapes_may_depend_on_values(distances):
-            table = _delay_table(distances)
-        for here in _chunks(triplets.shape[1], distances):
-            i, j, k = embedding(triplets[:, here], logits)
-            slope_i, slope_j, slope_k = slopes[:, here].unsqueeze(-1)
-            towards = (i * slope_i).addcmul_(j, slope_j).addcmul_(k, slope_k)
-            if are_weights:
-                i, j, k = embedding(triplets[:, here], scores)
-            pair = torch.minimum(i, j)
-            both = (pair, torch.minimum(pair, k))
-            # The gradient goes to the farthest point, the one with the smallest score. Products with booleans are
-            # slow on a CPU, so the comparisons are 0 or 1 in the dtype of the scores.
-            is_j = torch.lt(j, i, out=torch.empty_like(j))
-            is_k = torch.lt(k, pair, out=torch.empty_like(k))
-            del i, j, k
-            of_choices = []
-            for which, score in enumerate(both):
-                if noise is not None:
-                    soft = (score + noise[which, kept[here]]).softmax(-1)
-                else:
-                    soft = _soft_choice(score, are_weights, ancestors[which, here], table)
-                # Backward of softmax. Logits replace the distances of the loss here, which gives the factor
-                # d logit / d distance = -1 / temperature.
-                product = soft * towards
-                total = soft.sum(-1, keepdim=True)
-                mean = product.sum(-1, keepdim=True) / total
-                of_choices.append(product.addcmul_(soft, mean, value=-1).mul_(1 / total))
-            of_pair, of_triple = of_choices
-            of_k = is_k.mul_(of_triple)
-            of_both = of_pair.sub_(of_triple.sub_(of_k))  # where k is not the farthest, both go to one point
-            of_j = is_j.mul_(of_both)
-            for index, own in zip(triplets[:, here], (of_both.sub_(of_j), of_j, of_k.neg_()), strict=True):
-                grad.index_add_(0, index, own)
+        table, rows, first = None, ancestors, slopes  # the last two without a meaning, if noise is given
+        if noise is None:
+            first = torch.rand_like(ancestors, dtype=grad.dtype).clamp_min_(torch.finfo(grad.dtype).tiny).log_()
+            # On a CPU, random numbers for all cells would take much of the time.
+            if ancestors.numel() * distances.shape[1] > _TABLE_SIZE and shapes_may_depend_on_values(distances):
+                table = _delay_table(distances)
+                rows = torch.randint_like(ancestors, len(table))
+        kernel: Callable[..., Any] = _compile(_soft_gradients) if compiled else _soft_gradients
+        for here in _chunks(triplets.shape[1], distances, _BACKWARD_CHUNK if compiled else 1):
+            own = [part[:, here].contiguous() for part in (triplets, slopes, ancestors, first, rows)]
+            own_noise = noise if noise is None else noise[:, kept[here]]
+            gradients = kernel(*own, scores, logits, are_weights, own_noise, table)
+            for index, gradient in zip(own[0], gradients, strict=True):
+                grad.index_add_(0, index, gradient)
         return grad
 
     @staticmethod
@@ -310,10 +299,10 @@ def shapes_may_depend_on_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _chunks(count: int, distances: Tensor) -> list[slice]:
-    """Slices of the triplets, as many at a time as the chunk size allows."""
+def _chunks(count: int, distances: Tensor, factor: int) -> list[slice]:
+    """Slices of the triplets, as many at a time as the chunk size, times a factor, allows."""
     cells = _CHUNK_CELLS if shapes_may_depend_on_values(distances) else _CHUNK_CELLS_FUSED
-    size = max(1, cells // max(1, distances.shape[1]))
+    size = max(1, factor * cells // max(1, distances.shape[1]))
     return [slice(start, start + size) for start in range(0, max(count, 1), size)]
 
 
@@ -329,6 +318,32 @@ def _scores(distances: Tensor, temperature: float, noise: Tensor | None) -> tupl
     return distances / -temperature, False
 
 
+def _set_scores(i: Tensor, j: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the pair and of all three: those of the farthest point, so the smallest ones."""
+    pair = torch.minimum(i, j)
+    return pair, torch.minimum(pair, k)
+
+
+def _draw(triplets: Tensor, scores: Tensor, are_weights: bool, compiled: bool) -> Tensor:
+    """Ancestors of the pair and of all three, ``(2, T)``."""
+    # Compiled, sums are fast, and cumulative sums are not: draw a group of proxies, and then one of them.
+    size = math.gcd(scores.shape[1], _GROUP_SIZE) if compiled and are_weights else 1
+    kernel = _compile(_group_weights) if compiled else _group_weights
+    weights = kernel(triplets, scores, are_weights, size)
+    if size == 1:
+        return torch.stack([_inverse_cdf(own) for own in weights])
+    group = _inverse_cdf(torch.stack(weights))
+    i, j, k = embedding(triplets.unsqueeze(1) * (scores.shape[1] // size) + group, scores.view(-1, size))
+    pair, triple = _set_scores(i, j, k)
+    return group * size + _inverse_cdf(torch.stack([pair[0], triple[1]]))
+
+
+def _group_weights(triplets: Tensor, scores: Tensor, are_weights: bool, size: int) -> list[Tensor]:
+    """Weights of groups of ``size`` proxies, for the pair and for all three, ``(T, P / size)`` each."""
+    weights = [score if are_weights else score.softmax(-1) for score in _set_scores(*embedding(triplets, scores))]
+    return weights if size == 1 else [own.unflatten(1, (-1, size)).sum(-1) for own in weights]
+
+
 def _inverse_cdf(weights: Tensor) -> Tensor:
     """Draw an index of the last dimension."""
     cumulative = weights.cumsum(-1)
@@ -339,7 +354,45 @@ def _inverse_cdf(weights: Tensor) -> Tensor:
     return index.squeeze(-1).clamp_max_(weights.shape[-1] - 1)  # NaN gives an index out of range
 
 
-def _soft_choice(score: Tensor, are_weights: bool, ancestors: Tensor, table: Tensor | None) -> Tensor:
+def _soft_gradients(
+    triplets: Tensor, slopes: Tensor, ancestors: Tensor, first: Tensor, rows: Tensor,
+    scores: Tensor, logits: Tensor, are_weights: bool, noise: Tensor | None, table: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the soft choices with respect to the distances of i, j and k, ``(T, P)`` each."""
+    i, j, k = embedding(triplets, logits)
+    slope_i, slope_j, slope_k = slopes.unsqueeze(-1)
+    towards = (i * slope_i).addcmul_(j, slope_j).addcmul_(k, slope_k)
+    if are_weights:
+        i, j, k = embedding(triplets, scores)
+    pair, triple = _set_scores(i, j, k)
+    # The gradient goes to the farthest point. Products with booleans are slow on a CPU, so the comparisons are 0
+    # or 1 in the dtype of the scores.
+    is_j = torch.lt(j, i, out=torch.empty_like(j))
+    is_k = torch.lt(k, pair, out=torch.empty_like(k))
+    del i, j, k
+    of_choices = []
+    for which, score in enumerate((pair, triple)):
+        if noise is not None:
+            soft = (score + noise[which]).softmax(-1)
+        else:
+            delays = None if table is None else table.index_select(0, rows[which])
+            soft = _soft_choice(score, are_weights, ancestors[which], first[which].unsqueeze(-1), delays)
+        # Backward of softmax. Logits replace the distances of the loss here, which gives the factor
+        # d logit / d distance = -1 / temperature.
+        product = soft * towards
+        total = soft.sum(-1, keepdim=True)
+        mean = product.sum(-1, keepdim=True) / total
+        of_choices.append(product.addcmul_(soft, mean, value=-1).mul_(1 / total))
+    of_pair, of_triple = of_choices
+    of_k = is_k.mul_(of_triple)
+    of_both = of_pair.sub_(of_triple.sub_(of_k))  # where k is not the farthest, both go to one point
+    of_j = is_j.mul_(of_both)
+    return of_both.sub_(of_j), of_j, of_k.neg_()
+
+
+def _soft_choice(
+    score: Tensor, are_weights: bool, ancestors: Tensor, first: Tensor, delays: Tensor | None
+) -> Tensor:
     """Soft probabilities of the Gumbel-max trick, times a factor, given the ancestors ``(T,)`` that it chose.
 
     In this trick, proxy p has the time ``t_p = exp(-gumbel_p) / probability_p``. The smallest time is drawn, and
@@ -347,15 +400,15 @@ def _soft_choice(score: Tensor, are_weights: bool, ancestors: Tensor, table: Ten
     time of every other proxy is larger by an exponential variable of rate ``probability_p``.
     """
     weights = score if are_weights else score.softmax(-1)
-    if table is None:
-        columns = torch.arange(weights.shape[1], device=weights.device)
-        delays = torch.rand_like(weights).log_().masked_fill_(columns == ancestors.unsqueeze(-1), 0)
+    if delays is None:
+        delays = torch.rand_like(weights).log_()
+    if torch.compiler.is_compiling():  # scatter_ would be a loop of its own
+        columns = torch.arange(weights.shape[1], dtype=torch.int32, device=weights.device)
+        delays = delays.masked_fill(columns == ancestors.int().unsqueeze(-1), 0)
     else:
-        delays = table.index_select(0, torch.randint_like(ancestors, len(table)))
         delays.scatter_(1, ancestors.unsqueeze(-1), 0)
     if are_weights:  # their sum is not 1
         delays.mul_(weights.sum(-1, keepdim=True))
-    first = torch.rand_like(weights[:, :1]).clamp_min_(torch.finfo(weights.dtype).tiny).log_()
     # 1 / t_p = weight_p / (first * weight_p + delay_p). The logarithm of a uniform variable is minus an
     # exponential variable, so the result is negative, and so is its sum.
     return weights / delays.addcmul_(first, weights)

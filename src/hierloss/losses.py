@@ -1,7 +1,7 @@
 """The HIER regularizer as a PML loss."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
@@ -124,6 +124,7 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         self._features: dict[int, Tensor] = {}  # of neighbors_from, by thread
         self._unused: set[int] = set()  # threads in a block of neighbors_from without a call so far
         self._watch, self._reports = OptimizerWatch(), Reports()
+        self._compiled_loss: Callable[..., Tensor] | None = None
         if embedding_size is not None:
             self._size_proxies(check_count("embedding_size", embedding_size), self.proxies.data)
         statistics = [*self._sub_loss_names(), "num_triplets", "fraction_active", "num_ancestors"]
@@ -192,8 +193,9 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         on_ratio = self._record_ratio if self.collect_stats else None
         on_alone = partial(self._reports.alone, self.gradient_ratio)
         held = hold_gradient_ratio(embeddings, self.gradient_ratio, on_ratio=on_ratio, on_alone=on_alone)
+        compiled = None if functional.shapes_may_depend_on_values(held) else self._compiled_loss
         with torch.autocast(embeddings.device.type, enabled=False):
-            return self._loss_of_batch(held, labels, neighbor_features)
+            return (compiled or self._loss_of_batch)(held, labels, neighbor_features)
 
     def _loss_of_batch(self, embeddings: Tensor, labels: Tensor | None, features: Tensor | None) -> Tensor:
         # PML passes its third argument, the indices_tuple, to compute_loss unchanged.
@@ -220,17 +222,17 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         # Noise of 0 chooses the most probable ancestor.
         noise = None if self.training else distances.new_zeros(()).expand(2, triplets.shape[1], len(ancestors))
         losses, drawn = functional.hierarchical_triplet_loss(
-            distances, triplets, margin=self.margin, temperature=self.temperature, noise=noise
-        )
+            distances, triplets, margin=self.margin, temperature=self.temperature, noise=noise,
+            compiled=self._compiled_loss is not None,
+        )  # fmt: skip
         sample_losses, proxy_losses = losses.split([sample_triplets.shape[1], proxy_triplets.shape[1]])
         sample_losses = functional.mean_over_valid(sample_losses, sample_valid)
         proxy_loss = functional.mean_over_valid(proxy_losses, proxy_valid).mean()
         if self.collect_stats:
             self.sample_loss, self.proxy_loss = float(sample_losses.detach().mean()), float(proxy_loss.detach())
             self._set_stats(embeddings, losses, drawn, torch.cat([sample_valid, proxy_valid]))
-        indices = tuple(sample_triplets)
         return {
-            "sample_loss": {"losses": sample_losses, "indices": indices, "reduction_type": "triplet"},
+            "sample_loss": {"losses": sample_losses, "indices": (*sample_triplets,), "reduction_type": "triplet"},
             "proxy_loss": {"losses": proxy_loss, "indices": None, "reduction_type": "already_reduced"},
         }
 
@@ -405,19 +407,17 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         set_size(self.proxies, values, like.dtype)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the loss by `torch.compile`, for a GPU: ``hier.compile(mode="reduce-overhead")``."""
+        """Compile by `torch.compile`: ``hier.compile(mode="reduce-overhead")``; on a CPU, the work on triplets."""
         if self.embedding_size is None:
             raise RuntimeError("HIERLoss cannot be compiled before its first batch; give embedding_size")
-        self._loss_of_batch = torch.compile(self._loss_of_batch, *args, **kwargs)  # type: ignore[method-assign]
+        self._compiled_loss = torch.compile(self._loss_of_batch, *args, **kwargs)
         # CUDA graphs write each gradient to the same memory, so gradients are accumulated from copies.
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(torch.clone)
+        for parameter in filter(lambda parameter: parameter.requires_grad, self.parameters()):
+            parameter.register_hook(torch.clone)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        state.pop("_loss_of_batch", None)  # a copy is not compiled, and in no block of neighbors_from
-        return state | {"_features": {}, "_unused": set()}
+        return state | {"_compiled_loss": None, "_features": {}, "_unused": set()}  # a copy starts without these
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.embedding_size is None:  # a tensor without columns marks proxies without a size
