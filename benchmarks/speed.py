@@ -130,7 +130,7 @@ def _measure_memory(sender: Any, settings: dict[str, Any]) -> None:
         sender.send((torch.cuda.max_memory_allocated() - before) / 2**20)
     else:
         step = make_step(**settings)
-        if settings["form"] == "compiled":
+        if settings["form"] == "compiled":  # the compiler's own memory is not the step's
             for _ in range(WARM_UP):
                 step()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew from here
@@ -199,7 +199,7 @@ FORWARD_PASSES, BACKWARD_PASSES = 3.5, 21
 
 
 def limit(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a step would take on this CPU if each pass over the cells ran at the speed of a copy in its cache."""
+    """What an eager step would take on this CPU if each pass over the cells were as fast as a copy in cache."""
     torch.manual_seed(0)
     loss_func = HIERLoss(512, 128, collect_stats=True)
     loss_func(torch.randn(180, 128), torch.arange(180) // 2)

@@ -242,6 +242,11 @@ def test_any_scale_of_distances_gives_finite_results(scale):
 
 def test_the_first_arrival_is_at_a_finite_time(monkeypatch):
     """A uniform number may be 0; without the smallest one in its place, no proxy would ever arrive."""
+    weights, ancestors = torch.rand(50, 8) + 0.1, torch.arange(50) % 8
+    first = torch.full((50, 1), torch.finfo(torch.float32).tiny).log()
+    soft = functional._soft_choice(weights, True, ancestors, first, functional._delay_table(weights)[:50].clone())
+    assert soft.isfinite().all()
+    assert torch.equal(soft.argmin(1), ancestors)  # they are negative
     distances = distance_matrix(points(9), points(7, seed=1)).requires_grad_()
     losses, _ = functional.hierarchical_triplet_loss(distances, torch.tensor(random_triplets(9, 50)).T, margin=5.0)
     monkeypatch.setattr(torch, "rand_like", torch.zeros_like)
