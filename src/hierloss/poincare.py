@@ -256,17 +256,17 @@ class _PairwiseDistance(torch.autograd.Function):
         grad_x, grad_y, grad_diameter = [], 0, torch.zeros_like(diameter)
         fy2 = _lorentz_factor(y).square()
         scaled_y = torch.cat([fy2 * y, fy2], -1)
-        for rows, grad_rows, out_rows in _row_chunks(y.shape[-2], x, grad, out):
-            g, half = grad_rows.to(x.dtype), out_rows.to(x.dtype) / diameter
+        for rows, g, out_rows in _row_chunks(y.shape[-2], x, grad, out):
+            half = out_rows / diameter
             # Divided by the diameter, the derivative by |x-y| gives fx^2 fy^2 w (x - y); that by fx gives t / fx,
             # and dfx/dx = fx^3 x.
             fx2, t = _lorentz_factor(rows).square(), g * half.tanh()
-            w = 2 * g / (2 * half).sinh().masked_fill(half == 0, math.inf)
+            w = 2 * g / (2 * half).sinh().masked_fill(half == 0, math.inf).to(x.dtype)
             wy, wx = w @ scaled_y, w.mT @ torch.cat([fx2 * rows, fx2], -1)
             grad_x.append(fx2 * ((wy[..., -1:] + t.sum(-1, keepdim=True)) * rows - wy[..., :-1]))
             grad_y = grad_y + fy2 * ((wx[..., -1:] + t.sum(-2).unsqueeze(-1)) * y - wx[..., :-1])
             if ctx.needs_input_grad[2]:
-                grad_diameter = grad_diameter + (g * half).sum()
+                grad_diameter = grad_diameter + (g * half).sum(dtype=x.dtype)
         return diameter * torch.cat(grad_x, -2), diameter * grad_y, grad_diameter, None
 
 
