@@ -220,7 +220,7 @@ def limit(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _nanoseconds(function: Callable[[], Any], cells: int) -> float:
     times = []
-    for _ in range(200):
+    for _ in range(5000):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
