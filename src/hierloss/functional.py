@@ -30,7 +30,7 @@ _CHUNK_CELLS_FUSED = 18 * 2**20
 _FORWARD_CHUNK, _BACKWARD_CHUNK = 16, 4  # times as large if compiled, on a CPU: fewer arrays are kept
 _GROUP_SIZE = 16  # at most, proxies of a group: compiled code draws a group first
 _WEIGHTS_SPAN = 140  # weights are between e^-70 and e^70, so that sums and products with noise fit float32 too
-_TABLE_SIZE = 2**18  # exponential variables that triplets share, where more would be needed
+_TABLE_SIZE = 2**15  # at least, exponential variables that triplets share, where more would be needed
 
 # glibc gives freed memory back to the system, unless there is less of it than twice the largest block freed so
 # far, of at most 32 MB; memory from the system is slow at first. After this, a small network trains 10% faster.
