@@ -48,8 +48,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
 
     Args:
         num_proxies: ``P``, at least 2; 512 in the paper. Use fewer, 64 for instance, on a CPU or for few classes.
-        embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. Optimizers may be
-            built before, but ``Adagrad``, ``Muon``, ``AveragedModel``, ``DDP`` and ``numel()`` need it.
+        embedding_size: width ``D`` of the embeddings; ``None`` takes it from the first batch. Most optimizers can
+            be built before that; ``Adagrad``, ``Muon``, ``AveragedModel``, ``DDP`` and ``numel()`` need the size.
         margin: ``m``, a hyperbolic distance.
         temperature: :math:`\tau` of the distribution of ancestors, a hyperbolic distance.
         miner: miner of the triplets of embeddings, default `ReciprocalNeighborMiner`. Any other PML miner is
