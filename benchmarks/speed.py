@@ -206,7 +206,12 @@ def limit(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     forward = 2 * loss_func.num_triplets * 512 / 1e6
     backward = forward * loss_func.fraction_active
     source, target = torch.rand(2**18), torch.empty(2**18)
-    copy = _nanoseconds(lambda: target.copy_(source), 2**18)
+    times = []
+    for _ in range(5000):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    copy = statistics.median(times) / 2**18 * 1e9
     return [
         {
             "forward Mcells": forward,
@@ -216,15 +221,6 @@ def limit(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
             **{f"{row['form']} ms": row["median ms"] for row in measured},
         }
     ]
-
-
-def _nanoseconds(function: Callable[[], Any], cells: int) -> float:
-    times = []
-    for _ in range(5000):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) / cells * 1e9
 
 
 def growth(device: str, repeats: int) -> list[dict[str, Any]]:
