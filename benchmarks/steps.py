@@ -11,7 +11,7 @@ from pytorch_metric_learning import losses
 from torch import Tensor, nn
 
 from benchmarks.speed import Step, side_by_side, summary
-from hierloss import HIERLoss, ReciprocalNeighborMiner
+from hierloss import HIERLoss
 
 TOKENS, FEATURES = 12, 1280
 WITHOUT, HEAD = "no HIER", "linear head"
@@ -60,9 +60,6 @@ def added(name: str, network: nn.Module, batch: Tensor, repeats: int) -> list[di
         forms[f"{many}, compiled, first"] = forms[many]
     else:
         forms[f"{many}, compiled"] = forms[many]
-        forms[f"{many}, 10 triplets each"] = forms[many] | {
-            "proxy_miner": ReciprocalNeighborMiner(triplets_per_anchor=10)
-        }
     for title, options in forms.items():
         base, hier = losses.ProxyAnchorLoss(len(batch) // 5, size), HIERLoss(embedding_size=size, **options)
         if "compiled" in title:

@@ -379,6 +379,33 @@ def test_a_miner_of_the_proxies():
         small(proxy_miner=miners.BatchHardMiner())
 
 
+def test_triplets_of_many_proxies_are_limited():
+    """By default, in training; their mean loss is that of all."""
+    embeddings, labels = batch(n=30)
+    means = []
+    for miner, of_proxies in ((None, 10), (ReciprocalNeighborMiner(), 50)):
+        loss_func = small(num_proxies=512, proxy_miner=miner, collect_stats=True)
+        found = []
+        for seed in range(15):
+            value(loss_func, embeddings, labels, seed=seed)
+            found.append(loss_func.proxy_loss)
+        means.append(np.mean(found))
+        assert loss_func.num_triplets == pytest.approx(50 * 30 + of_proxies * 512, rel=0.03)  # few are not valid
+        loss_func.eval()(embeddings, labels)
+        assert loss_func.num_triplets == pytest.approx(50 * 30 + 50 * 512, rel=0.03)
+    assert means[0] == pytest.approx(means[1], rel=0.02)
+
+
+def test_limited_triplets_are_of_all_anchors():
+    points = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    mined = functional.reciprocal_triplets(torch.cdist(points, points))
+    for at_most, most in ((40, 1), (300, 8), (1999, 25), (2000, 50)):
+        (anchors, *_), valid = functional.drop_invalid(mined, at_most=at_most)
+        counts = anchors[valid].bincount(minlength=40)[mined[3].view(40, 50)[:, 0]]
+        assert len(anchors) <= at_most
+        assert most - 1 <= counts.min() <= counts.max() == most
+
+
 # --- sizes and optimizers -----------------------------------------------------------------------------------
 
 

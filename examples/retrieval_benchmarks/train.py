@@ -117,12 +117,14 @@ def make_criteria(base_loss: str, num_classes: int, settings: Settings) -> nn.Mo
     distance = PoincareDistance(c=settings.c, clip_radius=settings.clip_radius)
     criteria = nn.ModuleDict({"base": BASE_LOSSES[base_loss](num_classes, settings.embedding_size, distance)})
     if settings.hier_weight:
+        miner = ReciprocalNeighborMiner(settings.num_neighbors, settings.triplets_per_anchor, distance=distance)
         criteria["hier"] = HIERLoss(
             num_proxies=settings.num_proxies,
             embedding_size=settings.embedding_size,
             margin=settings.margin,
             temperature=settings.temperature,
-            miner=ReciprocalNeighborMiner(settings.num_neighbors, settings.triplets_per_anchor, distance=distance),
+            miner=miner,
+            proxy_miner=miner,  # the paper's number of triplets; by default, there are fewer of 512 proxies
             distance=distance,
             gradient_ratio=settings.gradient_ratio or None,
         )

@@ -32,10 +32,6 @@ _GROUP_SIZE = 16  # at most, proxies of a group: compiled code draws a group fir
 _WEIGHTS_SPAN = 140  # weights are between e^-70 and e^70, so that sums and products with noise fit float32 too
 _TABLE_SIZE = 2**15  # at least, exponential variables that triplets share, where more would be needed
 
-# glibc gives freed memory back to the system, unless there is less of it than twice the largest block freed so
-# far, of at most 32 MB; memory from the system is slow at first. After this, a small network trains 10% faster.
-torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
-
 # When first used: the import of the compiler is slow.
 _compile: Callable[..., Any] = functools.cache(torch.compile)
 
@@ -115,15 +111,19 @@ def _choice(mask: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return column.clamp_max(mask.shape[1] - 1), number.squeeze(1)  # rows without true entries have no index
 
 
-def drop_invalid(mined: tuple[Tensor, Tensor, Tensor, Tensor], synchronize: bool = False) -> tuple[Tensor, Tensor]:
+def drop_invalid(
+    mined: tuple[Tensor, Tensor, Tensor, Tensor], synchronize: bool = False, at_most: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Triplets ``(3, T)`` and their validity ``(T,)``, without invalid triplets, unless all are invalid.
 
-    Where the removal needs a synchronization, invalid triplets are kept, unless ``synchronize``.
+    Where the removal needs a synchronization, invalid triplets are kept, unless ``synchronize``. If there are more
+    than ``at_most``, an equal share of each anchor's is kept.
     """
     triplets, valid = torch.stack(mined[:3]), mined[3]
     if (synchronize or shapes_may_depend_on_values(valid)) and valid.any():
-        return triplets[:, valid], valid[valid]
-    return triplets, valid
+        triplets, valid = triplets[:, valid], valid[valid]
+    step = 1 if at_most is None else -(-len(valid) // at_most)
+    return triplets[:, ::step], valid[::step]
 
 
 def mean_over_valid(losses: Tensor, valid: Tensor) -> Tensor:
