@@ -32,6 +32,10 @@ _GROUP_SIZE = 16  # at most, proxies of a group: compiled code draws a group fir
 _WEIGHTS_SPAN = 140  # weights are between e^-70 and e^70, so that sums and products with noise fit float32 too
 _TABLE_SIZE = 2**15  # at least, exponential variables that triplets share, where more would be needed
 
+# glibc gives freed memory back to the system, unless there is less of it than twice the largest block freed so
+# far, of at most 32 MB; memory from the system is slow at first. This block itself is never touched.
+torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+
 # When first used: the import of the compiler is slow.
 _compile: Callable[..., Any] = functools.cache(torch.compile)
 
