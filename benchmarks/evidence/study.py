@@ -17,7 +17,6 @@ from . import data, training
 
 FOLDER = Path(__file__).parents[1] / "results" / "evidence"
 SEEDS = {"length": range(100, 103), "validate": range(100, 103), "test": range(10)}
-SOME_SEEDS = {name: 3 for name, method in training.METHODS.items() if method.num_proxies > 64}  # they take long
 
 
 def read(study: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
@@ -51,8 +50,6 @@ def runs(
     lengths = best_lengths(folder)
     methods = ["none"] if study == "length" else methods
     for seed, method, dataset, loss in itertools.product(SEEDS[study][:seeds], methods, datasets, losses):
-        if seed - SEEDS[study][0] >= SOME_SEEDS.get(method, len(SEEDS[study])):
-            continue
         if study == "length":
             steps = training.MOST_STEPS
         elif (dataset, loss) in lengths:
