@@ -24,7 +24,7 @@ from .miners import ReciprocalNeighborMiner
 from .proxies import UnsizedParameter, proxies_from_data, random_proxies, set_size
 
 _CHUNK_ROWS = 4096  # embeddings of a whole data set that are mapped to the ball at a time
-_PROXY_TRIPLETS = 5120  # of a step, by default; the gains are those of five times as many: docs/results.md
+_PROXY_TRIPLETS = 5120  # at most, by default, or one of each proxy; more of them gain no more: docs/results.md
 
 
 class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
@@ -56,8 +56,8 @@ class HIERLoss(BaseMetricLossFunction):  # type: ignore[misc]
         miner: miner of the triplets of embeddings, default `ReciprocalNeighborMiner`. Any other PML miner is
             called with embeddings (or the features of `neighbors_from`) and labels.
         proxy_miner: a `ReciprocalNeighborMiner` with the settings for the triplets of proxies. Default: those of
-            ``miner``, if it is one, with at most 5,120 triplets in a step: 10 of each of 512 proxies, in place of
-            50 as in the paper. This hardly changes the expected gradient.
+            ``miner`` or of the default miner, but at most 5,120 triplets in a training step: 10 of each of 512
+            proxies, in place of 50 as in the paper. This hardly changes the expected gradient.
         proxy_batch_size: number of proxies, new ones in every step, among which triplets of proxies are drawn:
             time and memory grow linearly with ``num_proxies``. ``None`` for all. Ancestors are any proxies.
         gradient_ratio: norm of HIER's gradient at the embeddings, relative to that of all other gradients there in
